@@ -1,0 +1,33 @@
+"""How values move between ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from distrib.collectives.base import Collectives
+from distrib.collectives.process_group import connect
+from distrib.collectives.single import SingleCollectives
+from distrib.devices.base import DeviceBackend
+from distrib.errors import TopologyError
+from distrib.topology import Topology
+
+__all__ = ["Collectives", "connect_ranks"]
+
+
+def connect_ranks(
+    topology: Topology, backend: DeviceBackend, device: torch.device, timeout_s: float
+) -> Collectives:
+    """Return the collectives of this topology; a world of one has no process group. Collective.
+
+    Raises:
+        TopologyError: if the device has no communication back-end, or the ranks cannot meet.
+    """
+    if topology.world_size == 1:
+        return SingleCollectives()
+    if backend.comm_backend is None:
+        raise TopologyError(
+            "D0292",
+            f"device {backend.name} has no communication back-end, but the world size is {topology.world_size}",
+            fix="start one process, or use device: cpu",
+        )
+    return connect(topology, backend.comm_backend, device, timeout_s)

@@ -1,0 +1,95 @@
+"""Nested containers of tensors: take the tensors out, put others in, describe the structure.
+
+Handles mappings (dict, OrderedDict, UserDict and what derives from them), dataclasses, named tuples, lists and
+tuples. Anything else that is no tensor is a constant and stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+
+Tree = TypeVar("Tree")
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    """Return the tensors of `tree` in a fixed order."""
+    return list(_walk(tree))
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], tree: Tree) -> Tree:
+    """Return a copy of `tree` with `function` applied to each tensor; containers keep their types."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    children = _children(tree)
+    if children is None:
+        return tree
+    return _rebuild(tree, {key: map_tensors(function, child) for key, child in children.items()})
+
+
+def replace_tensors(tree: Tree, new: Iterator[torch.Tensor]) -> Tree:
+    """Return a copy of `tree` whose tensors are drawn from `new`, in the order of `tensors`."""
+    return map_tensors(lambda _: next(new), tree)
+
+
+def structure(tree: Any, *, ragged: bool) -> str:
+    """Describe containers, dtypes and shapes in a few words; equal text means compatible trees.
+
+    Args:
+        tree: What to describe.
+        ragged: Whether dim 0 may differ between ranks, so that it is written as "*".
+    """
+    if isinstance(tree, torch.Tensor):
+        shape = [*map(str, tree.shape)]
+        if ragged:
+            shape = ["*", *shape[1:]]
+        return f"{str(tree.dtype).removeprefix('torch.')}({', '.join(shape)})"
+    children = _children(tree)
+    if children is None:
+        return type(tree).__name__
+    inside = ", ".join(f"{key}: {structure(child, ragged=ragged)}" for key, child in children.items())
+    return f"{type(tree).__name__}[{inside}]"
+
+
+def _walk(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+        return
+    for child in (_children(tree) or {}).values():
+        yield from _walk(child)
+
+
+def _children(tree: Any) -> Mapping[Any, Any] | None:
+    """Return key -> child of a container, None for a constant."""
+    if isinstance(tree, Mapping):
+        return tree
+    if isinstance(tree, (list, tuple)):
+        return dict(enumerate(tree))
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+    return None
+
+
+def _rebuild(tree: Any, children: Mapping[Any, Any]) -> Any:
+    if isinstance(tree, Mapping):
+        return _rebuild_mapping(tree, children)
+    if isinstance(tree, (list, tuple)):
+        values = list(children.values())
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    new = copy.copy(tree)
+    for name, value in children.items():
+        object.__setattr__(new, name, value)  # frozen dataclasses too
+    return new
+
+
+def _rebuild_mapping(tree: Mapping[Any, Any], children: Mapping[Any, Any]) -> Any:
+    new = copy.copy(tree)  # keeps what the constructor would not: default factories, encodings, attributes
+    if not hasattr(new, "__setitem__"):
+        return dict(children)
+    for key, value in children.items():
+        new[key] = value
+    return new

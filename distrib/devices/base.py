@@ -1,0 +1,74 @@
+"""The seam of a device: every question about hardware is asked here and nowhere else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of device memory: in use by this process, and in all."""
+
+    used_bytes: int
+    total_bytes: int
+
+
+class DeviceBackend(ABC):
+    """One kind of device. A new kind is one file with a subclass and one line in `distrib.devices`.
+
+    An instance is bound to one local rank by `bind` before any other question about *its* device is asked;
+    `available` and `count` may be asked at any time and touch no device context.
+    """
+
+    name: ClassVar[str]
+    """torch's device type: "cpu", "cuda"."""
+    comm_backend: ClassVar[str | None]
+    """torch.distributed back-end for tensors on this device: "gloo", "nccl"; None where there is none."""
+
+    @abstractmethod
+    def available(self) -> tuple[bool, str]:
+        """Whether this machine has such a device, and the reason in a few words."""
+
+    @abstractmethod
+    def count(self) -> int:
+        """How many ranks of one node may have a device of their own; for the CPU, any number: returns 0."""
+
+    @abstractmethod
+    def bind(self, local_rank: int) -> torch.device:
+        """Make the device of this local rank the current one and return it.
+
+        Raises:
+            TopologyError: if the node has fewer devices than local ranks.
+        """
+
+    @abstractmethod
+    def supports(self, dtype: torch.dtype) -> tuple[bool, str]:
+        """Whether computing in `dtype` works on the bound device, and the reason in a few words."""
+
+    @abstractmethod
+    def seed(self, seed: int) -> None:
+        """Seed the device's own random generator, if it has one."""
+
+    @abstractmethod
+    def rng_state(self) -> torch.Tensor | None:
+        """Return the state of the device's own generator as a CPU uint8 tensor; None where it has none."""
+
+    @abstractmethod
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Restore what `rng_state` returned."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all work queued on the device is done."""
+
+    @abstractmethod
+    def memory(self) -> Memory:
+        """Return the memory in use and in all, in bytes."""
+
+    @abstractmethod
+    def empty_cache(self) -> None:
+        """Give unused cached memory back to the device."""

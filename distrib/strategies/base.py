@@ -1,0 +1,121 @@
+"""The seam of a strategy. A new strategy is one new file with a subclass, and one line in `distrib.strategies`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distrib.state import Runtime, ShardedState, TensorSpec, TrainState
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What callers may ask of a strategy instead of asking which one it is.
+
+    Attributes:
+        devices: Device names it runs on.
+        max_models: How many models one run may prepare; None for any number.
+        model_and_optimizer_together: Whether `prepare` must see a model and its optimizer in one call.
+        accumulates_itself: Whether it counts micro-steps on its own.
+        scales_loss_itself: Whether it owns the fp16 loss scale.
+        max_world_size: Largest number of ranks it runs on; None for any number.
+    """
+
+    devices: tuple[str, ...]
+    max_models: int | None = None
+    model_and_optimizer_together: bool = False
+    accumulates_itself: bool = False
+    scales_loss_itself: bool = False
+    max_world_size: int | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of one optimizer step; `reason` says why a step was skipped."""
+
+    stepped: bool
+    reason: str = ""
+
+
+class Strategy(ABC):
+    """How parameters, gradients and optimizer state lie over the ranks, and when ranks talk.
+
+    Args:
+        runtime: All that a strategy may know about the run.
+        options: Its own section of the configuration, key -> value.
+    """
+
+    capabilities: ClassVar[Capabilities]
+
+    def __init__(self, runtime: Runtime, options: Mapping[str, object]) -> None:
+        self.runtime, self.options = runtime, options
+
+    @abstractmethod
+    def prepare(self, state: TrainState) -> TrainState:
+        """Move and wrap models and optimizers. Collective.
+
+        Returns:
+            The same roles in the same order; each model as torch's own wrapper, or itself.
+        """
+
+    @abstractmethod
+    def prepare_for_evaluation(self, model: nn.Module) -> nn.Module:
+        """Place a model that is never trained: equal on all ranks, no gradient machinery. Collective."""
+
+    @abstractmethod
+    def gradient_sync(self, models: Sequence[nn.Module], enabled: bool) -> AbstractContextManager[None]:
+        """Return the context of one micro-step; with `enabled` false its gradients stay on the rank."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of `loss`; averaged over ranks when the micro-step synchronises."""
+
+    @abstractmethod
+    def scale_gradients_(self, parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+        """Multiply the gradients of `parameters` in place by a 0-d tensor."""
+
+    @abstractmethod
+    def clip_grad_norm_(
+        self, parameters: Sequence[nn.Parameter], max_norm: float, norm_type: float = 2.0
+    ) -> Tensor:
+        """Scale gradients in place so that their joint norm is at most `max_norm`. Collective.
+
+        Returns:
+            The true global norm before clipping, 0-d, whatever the sharding.
+        """
+
+    @abstractmethod
+    def clip_grad_value_(self, parameters: Sequence[nn.Parameter], clip_value: float) -> None:
+        """Clamp gradients in place to [-clip_value, clip_value]."""
+
+    @abstractmethod
+    def step(self, optimizer: Optimizer) -> StepResult:
+        """Step the user's optimizer. Collective."""
+
+    @abstractmethod
+    def sharded_state(self, state: TrainState) -> ShardedState:
+        """Say which slices of which logical tensors this rank holds, by names of the plain module."""
+
+    @abstractmethod
+    def loading(
+        self, state: TrainState, stored: Mapping[str, TensorSpec]
+    ) -> AbstractContextManager[ShardedState]:
+        """Return the context around a reader that fills the slices it yields.
+
+        Entering creates optimizer state that `stored` has and the optimizer lacks; leaving refreshes what
+        depends on the filled tensors.
+        """
+
+    @abstractmethod
+    def gathered(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Return a context in which the plain model has whole parameters. Collective."""
+
+    @abstractmethod
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """Return the user's own module below this strategy's wrapper."""

@@ -1,0 +1,60 @@
+"""How the ranks are laid out along named axes. Pure arithmetic, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distrib.errors import ConfigError
+
+AXES = ("replicate", "shard", "tensor", "context", "pipeline", "expert")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Axis names and sizes, outermost first; their product is the world size."""
+
+    axes: tuple[tuple[str, int], ...]
+
+    def size(self, axis: str) -> int:
+        """Return the size of `axis`, 1 when the mesh does not have it."""
+        return dict(self.axes).get(axis, 1)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many ranks read different samples: what divides the global batch."""
+        return self.size("replicate") * self.size("shard")
+
+
+def resolve_mesh(sizes: Mapping[str, int], world_size: int, *, where: str | None = None) -> Mesh:
+    """Fill in the one size that is -1 and check that the product is the world size.
+
+    Args:
+        sizes: axis -> size, at most one of them -1; axes that are missing have size 1.
+        world_size: Number of ranks.
+        where: Place to name in an error, such as "train.yaml:7 (mesh)".
+
+    Raises:
+        ConfigError: if the sizes cannot multiply to the world size.
+    """
+    filled = {axis: sizes.get(axis, 1) for axis in AXES}
+    free = [axis for axis, size in filled.items() if size == -1]
+    known = math.prod(size for size in filled.values() if size != -1)
+    product = " x ".join(f"{axis} ({size})" for axis, size in filled.items() if size != 1)
+    if len(free) > 1:
+        raise ConfigError(
+            "D0110", f"mesh has several free axes: {product}; expected at most one -1", where=where,
+            fix="give all but one of them a size",
+        )  # fmt: skip
+    if free and world_size % known == 0:
+        filled[free[0]] = world_size // known
+    elif free or known != world_size:
+        raise ConfigError(
+            "D0112",
+            f"mesh does not fit: {product or 'all axes 1'} = {known if not free else f'{known} x ?'}, "
+            f"but the world size is {world_size}; expected a product of {world_size}",
+            where=where,
+            fix="set one axis to -1 to fill what is left",
+        )
+    return Mesh(tuple(filled.items()))
