@@ -1,0 +1,19 @@
+"""Who started this process: one file per environment, asked in the order of this table; the first that answers is read."""
+
+from __future__ import annotations
+
+from distrib.registry import Registry
+from distrib.topology.environments.base import Environment
+
+__all__ = ["ENVIRONMENTS", "Environment"]
+
+ENVIRONMENTS: Registry[type[Environment]] = Registry(
+    "environment",
+    "distrib.environments",
+    {
+        "launcher": "distrib.topology.environments.launcher:LauncherEnvironment",
+        "torchelastic": "distrib.topology.environments.torchelastic:TorchElasticEnvironment",
+        "slurm": "distrib.topology.environments.slurm:SlurmEnvironment",
+        "plain": "distrib.topology.environments.plain:PlainEnvironment",
+    },
+)
