@@ -8,6 +8,8 @@ from typing import ClassVar
 
 import torch
 
+from distrib.errors import TopologyError
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -72,3 +74,24 @@ class DeviceBackend(ABC):
     @abstractmethod
     def empty_cache(self) -> None:
         """Give unused cached memory back to the device."""
+
+
+def check_local_rank(backend: DeviceBackend, local_rank: int) -> None:
+    """Refuse a local rank that has no device of its own; for the implementers of `bind`.
+
+    Raises:
+        TopologyError: if the node has fewer devices than local ranks (D0211).
+    """
+    if local_rank >= backend.count():
+        raise too_few_devices(backend, local_rank + 1, where=None)
+
+
+def too_few_devices(backend: DeviceBackend, needed: int, *, where: str | None) -> TopologyError:
+    """Return the error that says how many devices are visible and how many ranks need one."""
+    return TopologyError(
+        "D0211",
+        f"{needed} ranks on this node, but {backend.count()} {backend.name} visible; expected one each",
+        where=where,
+        fix=f"start {max(1, backend.count())} on this node, set device: cpu, or make more devices visible "
+        "(with Slurm, --gpu-bind=none where each task sees only its own)",
+    )

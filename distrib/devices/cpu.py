@@ -44,7 +44,7 @@ class CpuDevice(DeviceBackend):
         """Return at once: work on the CPU is done when the call returns."""
 
     def memory(self) -> Memory:
-        """Return this process's resident memory and the machine's memory; a container's limit is not counted."""
+        """Return the resident memory, and the machine's memory whatever a container may use of it."""
         return Memory(psutil.Process().memory_info().rss, psutil.virtual_memory().total)
 
     def empty_cache(self) -> None:
