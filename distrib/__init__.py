@@ -45,7 +45,7 @@ _WHERE = {
 _NOT_BUILT = ("notebook_launcher", "init_empty", "find_executable_batch_size", "LocalSGD")
 _MODULES = ("testing",)
 
-__all__ = [*_WHERE, *_NOT_BUILT, *_MODULES]  # noqa: PLE0604 (names come from the tables above)
+__all__ = [*_WHERE, *_MODULES]  # noqa: PLE0604 (names come from the tables above)
 
 
 def __getattr__(name: str) -> Any:

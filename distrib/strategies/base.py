@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -104,12 +104,12 @@ class Strategy(ABC):
 
     @abstractmethod
     def loading(
-        self, state: TrainState, stored: Mapping[str, TensorSpec]
+        self, state: TrainState, stored: Mapping[str, TensorSpec], objects: Mapping[str, Any]
     ) -> AbstractContextManager[ShardedState]:
         """Return the context around a reader that fills the slices it yields.
 
-        Entering creates optimizer state that `stored` has and the optimizer lacks; leaving refreshes what
-        depends on the filled tensors.
+        Entering creates optimizer state that `stored` has and the optimizer lacks; leaving restores `objects`
+        (param groups, other state) and refreshes what depends on the filled tensors.
         """
 
     @abstractmethod

@@ -11,7 +11,7 @@ from distrib.topology.topology import Topology
 def detect_topology(env: Mapping[str, str]) -> Topology:
     """Return this process's place in the job, from environment variables alone.
 
-    The first environment of `ENVIRONMENTS` that recognises `env` is read; if none does, this is a single process.
+    The first of `ENVIRONMENTS` that recognises `env` is read; if none does, this is a single process.
 
     Args:
         env: The process's environment variables.

@@ -1,4 +1,4 @@
-"""Slurm's compact notation for host names and for counts by node. Pure; the formats are those of `man srun`."""
+"""Slurm's compact notation for host names and for counts by node. Pure; see `man srun`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def expand_nodelist(text: str, *, where: str | None = None) -> tuple[str, ...]:
     """Return the host names of a node list, in its order: "node[01-02],gpu5" gives node01, node02, gpu5.
 
     Args:
-        text: Names separated by commas; each may hold bracketed numbers, kept at the width of their first digit run.
+        text: Names separated by commas; each may hold bracketed numbers, padded like the first of a range.
         where: The variable it came from, for the error.
 
     Raises:
@@ -77,5 +77,5 @@ def _unreadable(text: str, where: str | None) -> TopologyError:
         "D0204",
         f"{text!r} is not in Slurm's notation; expected something like 'node[01-03,07],gpu5' or '2(x3),1'",
         where=where,
-        fix="set MASTER_ADDR to the first host, and start one task for each rank with srun",
+        fix="start the script with srun, and pass Slurm's variables on unchanged",
     )

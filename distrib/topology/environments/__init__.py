@@ -1,4 +1,4 @@
-"""Who started this process: one file per environment, asked in the order of this table; the first that answers is read."""
+"""Who started this process: one file per environment, asked in the order of this table."""
 
 from __future__ import annotations
 

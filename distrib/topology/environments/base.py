@@ -1,4 +1,4 @@
-"""The seam of an environment, and what several of them share: reading variables and checking that they agree."""
+"""The seam of an environment, and what several share: reading variables and checking that they agree."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Variables:
         return bool(self.env.get(name))
 
     def first(self, *names: str) -> str:
-        """Return the first of `names` that is set; the first of all when none is, so that the error names it."""
+        """Return the first of `names` that is set; when none is, the first of all, for the error to name."""
         return next((name for name in names if name in self), names[0])
 
     def text(self, name: str) -> str:
@@ -96,10 +96,11 @@ class Variables:
 
 
 def read_common(env: Mapping[str, str], source: str) -> Topology:
-    """Read the variables that every tool knows: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, ....
+    """Read the variables that every tool knows: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and so on.
 
-    The node's index is GROUP_RANK or NODE_RANK, the number of nodes GROUP_WORLD_SIZE or NUM_NODES; they may be left
-    out when all nodes have the same number of ranks in sequence.
+    The node's index is GROUP_RANK or NODE_RANK, the number of nodes GROUP_WORLD_SIZE or NUM_NODES; they may
+    be left out when all nodes have the same number of ranks in sequence. LOCAL_RANK and LOCAL_WORLD_SIZE may be
+    left out when MASTER_ADDR is this machine's loopback address.
 
     Raises:
         TopologyError: if one is missing, no number, or contradicts another.
@@ -141,7 +142,7 @@ def check_topology(topology: Topology) -> Topology:
     _agree(
         t.source,
         (t.num_nodes == 1) == (t.local_world_size == t.world_size) and t.num_nodes <= t.world_size,
-        f"{t.num_nodes} nodes do not fit {t.local_world_size} ranks on this one and a world size of {t.world_size}",
+        f"{t.num_nodes} nodes, {t.local_world_size} ranks on this one, world size {t.world_size}",
     )
     return topology
 

@@ -1,4 +1,4 @@
-"""Started by `distrib launch`: the variables that every tool knows, and our own that carries the configuration."""
+"""Started by `distrib launch`: the variables that every tool knows, and one with the configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Started by hand or by a tool we do not know: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torch defines them."""
+"""Started by hand or by a tool we do not know, with the variables that torch defines."""
 
 from __future__ import annotations
 

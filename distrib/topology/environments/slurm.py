@@ -11,15 +11,15 @@ from distrib.topology.nodelist import expand_counts, expand_nodelist
 from distrib.topology.topology import Rendezvous, Topology
 
 # Steps above this number are the batch script, a salloc shell and the like: one process, not a set of ranks
-# (slurm.h: SLURM_BATCH_SCRIPT is 0xfffffffb, SLURM_INTERACTIVE_STEP 0xfffffffa).
+# (slurm.h: SLURM_BATCH_SCRIPT is 0xfffffffb).
 _FIRST_SPECIAL_STEP = 0xFFFF_FFF0
 
-# Below Linux's ephemeral ports, which begin at 32768, so that no outgoing connection holds the port by chance.
+# Below the ephemeral ports, which begin at 32768 on Linux, so that no outgoing connection holds it by chance.
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000
 
 
 class SlurmEnvironment(Environment):
-    """Inside a job step. An allocation without srun (a salloc shell, the batch script itself) is a single process."""
+    """Inside a job step. An allocation without srun (a salloc shell, a batch script) is one process."""
 
     source: ClassVar[str] = "Slurm"
 
@@ -50,7 +50,7 @@ class SlurmEnvironment(Environment):
 
 
 def derived_port(job_id: int, step_id: int) -> int:
-    """Return the port that all ranks of a step agree on without talking: 20000 to 31999, different for nearby steps."""
+    """Return the port that all ranks of a step agree on without talking: 20000 to 31999."""
     return _FIRST_PORT + (job_id + 1009 * step_id) % _NUM_PORTS
 
 

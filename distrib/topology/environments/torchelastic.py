@@ -11,7 +11,7 @@ from distrib.topology.topology import Topology
 
 
 class TorchElasticEnvironment(Environment):
-    """The agent may already serve the store at MASTER_ADDR; the keys of each attempt then have their own prefix."""
+    """The agent may serve the store at MASTER_ADDR itself; each attempt's keys then have their own prefix."""
 
     source: ClassVar[str] = "torchrun"
 

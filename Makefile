@@ -1,0 +1,47 @@
+# Two commands to begin with: `make demo` and `make test`.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+UNPINNED := $(VENV)/constraints.txt
+
+.PHONY: help demo test test-all check bench clean
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.run  ## Train a small GPT on 2 CPU processes, lose one, resume
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev  ## Everything but the long runs
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.dev  ## Everything, with whole matrices, storms and soaks
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## Format, lint, types, layers and unit tests, in under a minute
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/arch tests/unit
+
+bench: $(VENV)/.dev  ## Compare cost with hand-written PyTorch, side by side
+	$(BIN)/python -m benchmarks
+
+clean:  ## Remove the virtual environment and what builds leave
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# TORCH= may name another version than constraints.txt pins, so torch's own line is taken out of the constraints.
+$(VENV)/.run: setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "distrib needs Python 3.10 or newer; set PYTHON=" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@grep -v '^torch==' constraints.txt > $(UNPINNED)
+	@echo "installing $(TORCH) and distrib into $(VENV) (a few minutes the first time)"
+	$(PIP) install -c $(UNPINNED) "$(TORCH)" -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) install -c $(UNPINNED) "$(TORCH)" -e ".[dev]"
+	@touch $@

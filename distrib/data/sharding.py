@@ -1,0 +1,149 @@
+"""Which samples meet in a step and which rank computes them: pure arithmetic over positions of the epoch's order.
+
+A *window* is one global batch: the positions whose gradients make one optimizer step. It is cut into *micro-steps*
+of consecutive positions, and each micro-step is cut contiguously over the ranks. World size, micro-batch size and
+accumulation change the cuts inside a window, never the windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from distrib.errors import ConfigError
+
+Tail = Literal["exact", "pad", "drop"]
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """One forward and backward pass over all ranks.
+
+    Attributes:
+        start: First position.
+        size: Number of true samples over all ranks.
+        window_size: True samples of the window it belongs to.
+        window_stop: First position after that window.
+        closes: Whether it is the last of its window.
+        padded_size: Rows over all ranks after padding; equals `size` unless the tail is padded.
+        padded_window: Rows of the whole window after padding.
+    """
+
+    start: int
+    size: int
+    window_size: int
+    window_stop: int
+    closes: bool
+    padded_size: int
+    padded_window: int
+
+    @property
+    def opens(self) -> bool:
+        """Whether it is the first of its window."""
+        return self.start == self.window_stop - self.window_size
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of a micro-step.
+
+    Attributes:
+        start: First position.
+        size: True samples, 0 for a rank that is left with nothing.
+        rows: Rows of the batch the model sees: `size`, more with padding, 1 for a stand-in.
+    """
+
+    start: int
+    size: int
+    rows: int
+
+    @property
+    def is_stand_in(self) -> bool:
+        """Whether the rank has no sample of its own here: its rows only keep the model running."""
+        return self.size == 0
+
+
+def share_of(step: MicroStep, rank: int, world_size: int) -> Share:
+    """Cut a micro-step contiguously: sizes differ by at most one, larger first."""
+    base, extra = divmod(step.size, world_size)
+    size = base + (rank < extra)
+    start = step.start + rank * base + min(rank, extra)
+    if step.padded_size != step.size:
+        return Share(start, size, step.padded_size // world_size)
+    return Share(start if size else step.start, size, max(size, 1))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an epoch of `samples` samples is cut.
+
+    Attributes:
+        samples: Samples of the data set.
+        global_batch_size: Samples of a window (G).
+        micro_batch_size: Rows of a full batch on one rank.
+        world_size: Ranks that read different samples.
+        tail: What happens to the last, shorter window and micro-step.
+
+    Raises:
+        ConfigError: for tail "pad", if G is no multiple of world size x micro-batch.
+    """
+
+    samples: int
+    global_batch_size: int
+    micro_batch_size: int
+    world_size: int
+    tail: Tail = "exact"
+
+    def __post_init__(self) -> None:
+        if self.tail == "pad" and self.global_batch_size % self._stride:
+            below = max(self.global_batch_size // self._stride, 1) * self._stride
+            raise ConfigError(
+                "D0120",
+                f"data.tail: pad needs full micro-batches, but the global batch of {self.global_batch_size} is no "
+                f"multiple of {self.world_size} ranks x {self.micro_batch_size} samples = {self._stride}",
+                where="global_batch_size",
+                fix=f"use {below} or {below + self._stride}, or data.tail: exact",
+            )
+
+    @property
+    def _stride(self) -> int:
+        return self.world_size * self.micro_batch_size
+
+    @property
+    def stop(self) -> int:
+        """First position that the epoch does not reach."""
+        if self.tail == "drop":
+            return self.samples - self.samples % self.global_batch_size
+        return self.samples
+
+    def micro_steps(self, start: int = 0) -> Iterator[MicroStep]:
+        """Yield the micro-steps from position `start` (a window's boundary) to the end of the epoch."""
+        for at in range(start, self._stop_from(start), self.global_batch_size):
+            yield from self._window(at, min(self.global_batch_size, self.samples - at))
+
+    def count(self, start: int = 0) -> int:
+        """Return the number of micro-steps from position `start`: batches that every rank gets."""
+        full, rest = divmod(max(self._stop_from(start) - start, 0), self.global_batch_size)
+        return full * -(-self.global_batch_size // self._stride) + -(-rest // self._stride)
+
+    def position_of(self, micro_step: int) -> int:
+        """Return the position at which the epoch's micro-step of this index starts; its end if there are fewer."""
+        per_window = -(-self.global_batch_size // self._stride)
+        window, inside = divmod(micro_step, per_window)
+        start = window * self.global_batch_size
+        return min(start + inside * self._stride, self.stop)
+
+    def _stop_from(self, start: int) -> int:
+        if self.tail == "drop":
+            return start + (self.samples - start) // self.global_batch_size * self.global_batch_size
+        return self.samples
+
+    def _window(self, start: int, size: int) -> Iterator[MicroStep]:
+        stop, padded = start + size, size
+        if self.tail == "pad":
+            padded = -(-size // self._stride) * self._stride
+        for at in range(start, stop, self._stride):
+            left = min(self._stride, stop - at)
+            rows = self._stride if self.tail == "pad" else left
+            yield MicroStep(at, left, size, stop, at + left == stop, rows, padded)

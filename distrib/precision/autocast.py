@@ -1,0 +1,64 @@
+"""Precision applied to a model: its forward runs under autocast, its outputs come back in a wide format."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from distrib.collectives.trees import map_tensors
+from distrib.precision.policy import PrecisionPolicy
+
+_MARK = "_distrib_plain_forward"
+
+
+def autocast(policy: PrecisionPolicy, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which matrix products use the policy's compute dtype."""
+    if policy.compute is None:
+        return nullcontext()
+    return torch.autocast(device.type, policy.compute)
+
+
+def apply_precision(model: nn.Module, policy: PrecisionPolicy, device: torch.device) -> nn.Module:
+    """Let this instance's `forward` run under the policy; without a compute dtype the model stays untouched.
+
+    The class is not changed, and the instance can still be copied: the new forward is a method bound to it.
+    """
+    if policy.compute is None or _MARK in vars(model.forward):
+        return model
+    plain = vars(model).get("forward")
+    model.forward = MethodType(_under(policy, device, plain or type(model).forward, plain is not None), model)
+    return model
+
+
+def remove_precision(model: nn.Module) -> nn.Module:
+    """Undo `apply_precision`."""
+    current = vars(model).get("forward")
+    if current is not None and _MARK in vars(current):
+        plain = vars(current)[_MARK]
+        del model.forward
+        if plain is not None:
+            model.forward = plain
+    return model
+
+
+def _under(
+    policy: PrecisionPolicy, device: torch.device, forward: Callable[..., Any], bound: bool
+) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with autocast(policy, device):
+            result = forward(*args, **kwargs) if bound else forward(self, *args, **kwargs)
+        return map_tensors(functools.partial(_widen, policy), result)
+
+    setattr(run, _MARK, forward if bound else None)
+    return run
+
+
+def _widen(policy: PrecisionPolicy, x: torch.Tensor) -> torch.Tensor:
+    return x.to(policy.output) if policy.output is not None and x.dtype == policy.compute else x

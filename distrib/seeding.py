@@ -1,0 +1,49 @@
+"""Named random streams from one seed."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy as np
+import torch
+
+# torch's generators belong to the process, and so does the rule how `set_seed` seeds them: until the first model is
+# prepared every rank draws the same numbers (equal initial weights), afterwards each rank its own (dropout).
+_noise_rank = 0
+
+
+def derive(seed: int, *names: object) -> int:
+    """Return the seed of the stream `names` below `seed`, in [0, 2**63): equal on every platform."""
+    text = "/".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def set_seed(seed: int, *, deterministic: bool = False) -> None:
+    """Seed Python, numpy and torch (all devices).
+
+    Before the first `prepare` of a model every rank draws the same numbers, so that models start out equal; from
+    then on torch's generators differ by rank, so that dropout does. Rank 0 draws what a plain single-process
+    script with `torch.manual_seed(seed)` draws.
+
+    Args:
+        seed: Any non-negative integer below 2**64.
+        deterministic: Also ask torch for deterministic algorithms.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (the user's data code may draw from the legacy generator)
+    torch.manual_seed(_noise_seed(seed))
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
+def part_noise_streams(rank: int, seed: int) -> None:
+    """Give this rank's torch generators a stream of their own, once; rank 0 goes on with the one it has."""
+    global _noise_rank  # noqa: PLW0603 (see above)
+    if rank != _noise_rank:
+        _noise_rank = rank
+        torch.manual_seed(_noise_seed(seed))
+
+
+def _noise_seed(seed: int) -> int:
+    return derive(seed, "noise", _noise_rank) if _noise_rank else seed

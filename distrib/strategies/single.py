@@ -1,0 +1,89 @@
+"""One rank: the model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distrib.precision import apply_precision
+from distrib.state import ShardedState, TensorSpec, TrainState
+from distrib.strategies import slices
+from distrib.strategies.base import Capabilities, StepResult, Strategy
+
+
+class Single(Strategy):
+    """Whole models on one device; what strategies of whole replicas build upon."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(("cpu", "cuda", "mps", "xpu"), max_world_size=1)
+
+    def prepare(self, state: TrainState) -> TrainState:
+        for model in state.models:
+            self.place(model)
+        for optimizer in state.optimizers:
+            _move_state(optimizer)
+        return state
+
+    def prepare_for_evaluation(self, model: nn.Module) -> nn.Module:
+        return self.place(model)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a model to the device and apply the precision policy, in place."""
+        return apply_precision(model.to(self.runtime.device), self.runtime.precision, self.runtime.device)
+
+    def gradient_sync(self, models: Sequence[nn.Module], enabled: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def scale_gradients_(self, parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+
+    def clip_grad_norm_(
+        self, parameters: Sequence[nn.Parameter], max_norm: float, norm_type: float = 2.0
+    ) -> Tensor:
+        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+
+    def clip_grad_value_(self, parameters: Sequence[nn.Parameter], clip_value: float) -> None:
+        nn.utils.clip_grad_value_(parameters, clip_value)
+
+    def step(self, optimizer: Optimizer) -> StepResult:
+        optimizer.step()
+        return StepResult(stepped=True)
+
+    def sharded_state(self, state: TrainState) -> ShardedState:
+        models = [self.unwrap(model) for model in state.models]
+        names = slices.parameter_names(models)
+        of_models = [slices.module_slices(m, slices.module_prefix(i)) for i, m in enumerate(models)]
+        of_optimizers = [
+            slices.optimizer_slices(o, names, slices.optimizer_prefix(i)) for i, o in enumerate(state.optimizers)
+        ]
+        return slices.joined([*of_models, *of_optimizers])
+
+    def loading(
+        self, state: TrainState, stored: Mapping[str, TensorSpec], objects: Mapping[str, Any]
+    ) -> AbstractContextManager[ShardedState]:
+        names = slices.parameter_names([self.unwrap(model) for model in state.models])
+        return slices.loading_whole(state, lambda: self.sharded_state(state), names, stored, objects)
+
+    @contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
+        yield self.unwrap(model)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+
+def _move_state(optimizer: Optimizer) -> None:
+    """Bring state that was loaded before `prepare` to where its parameters are now."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = value.to(parameter.device)

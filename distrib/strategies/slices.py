@@ -1,0 +1,172 @@
+"""State of modules and optimizers as named slices, for strategies whose ranks hold whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distrib.errors import CheckpointError
+from distrib.state import ShardedState, Slice, TensorSpec, TrainState, whole
+
+Names = Mapping[int, str]  # id of a parameter -> its name
+
+
+def module_prefix(index: int) -> str:
+    """Return the folder of the model prepared as number `index`: "model/", "model_1/"."""
+    return f"model_{index}/" if index else "model/"
+
+
+def optimizer_prefix(index: int) -> str:
+    """Return the folder of the optimizer prepared as number `index`: "optimizer/", "optimizer_1/"."""
+    return f"optimizer_{index}/" if index else "optimizer/"
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what `torch.compile` puts into it."""
+    return name.replace("_orig_mod.", "")
+
+
+def module_slices(module: nn.Module, prefix: str) -> ShardedState:
+    """Describe the parameters and persistent buffers of a plain module; tied ones are stored once."""
+    tensors: dict[str, tuple[Slice, ...]] = {}
+    objects: dict[str, Any] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for key, value in module.state_dict(keep_vars=True).items():
+        name = prefix + plain_name(key)
+        if not isinstance(value, Tensor):
+            objects[name] = value
+        elif id(value) in first:
+            aliases[name] = first[id(value)]
+        else:
+            first[id(value)] = name
+            tensors[name] = (whole(name, value.detach()),)
+    return ShardedState(tensors, objects, aliases)
+
+
+def parameter_names(models: Sequence[nn.Module]) -> dict[int, str]:
+    """Return the plain name of every parameter of the models; names of later models carry their number."""
+    names: dict[int, str] = {}
+    for index, model in enumerate(models):
+        for name, parameter in model.named_parameters():
+            names.setdefault(id(parameter), f"model_{index}.{plain_name(name)}" if index else plain_name(name))
+    return names
+
+
+def optimizer_slices(optimizer: Optimizer, names: Names, prefix: str) -> ShardedState:
+    """Describe an optimizer: state tensors as slices, param groups and other state by parameter names."""
+    tensors: dict[str, tuple[Slice, ...]] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for name, parameter in named_parameters(optimizer, names):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                full = f"{prefix}{key}.{name}"
+                tensors[full] = (whole(full, value),)
+            else:
+                scalars.setdefault(name, {})[key] = value
+    groups = [
+        {**{key: value for key, value in group.items() if key != "params"}, "params": _names_of(group, names, index)}
+        for index, group in enumerate(optimizer.param_groups)
+    ]
+    return ShardedState(tensors, {prefix.rstrip("/"): {"param_groups": groups, "state": scalars}})
+
+
+def named_parameters(optimizer: Optimizer, names: Names) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (name, parameter) of all groups; one that belongs to no model is named by its place."""
+    for index, group in enumerate(optimizer.param_groups):
+        yield from zip(_names_of(group, names, index), group["params"], strict=True)
+
+
+def _names_of(group: Mapping[str, Any], names: Names, index: int) -> list[str]:
+    return [names.get(id(x), f"param_groups.{index}.{place}") for place, x in enumerate(group["params"])]
+
+
+def joined(parts: Sequence[ShardedState]) -> ShardedState:
+    """Return the union of states whose names differ."""
+    tensors: dict[str, tuple[Slice, ...]] = {}
+    objects: dict[str, Any] = {}
+    aliases: dict[str, str] = {}
+    for part in parts:
+        tensors.update(part.tensors)
+        objects.update(part.objects)
+        aliases.update(part.aliases)
+    return ShardedState(tensors, objects, aliases)
+
+
+@contextmanager
+def loading_whole(
+    state: TrainState,
+    describe: Callable[[], ShardedState],
+    names: Names,
+    stored: Mapping[str, TensorSpec],
+    objects: Mapping[str, Any],
+) -> Iterator[ShardedState]:
+    """Yield slices to fill, with the optimizer state that `stored` has; on leaving, restore what are no tensors.
+
+    An error inside leaves the optimizers as they were.
+    """
+    before = [dict(optimizer.state) for optimizer in state.optimizers]
+    try:
+        for index, optimizer in enumerate(state.optimizers):
+            _allocate(optimizer, names, stored, optimizer_prefix(index))
+        yield describe()
+        for index, optimizer in enumerate(state.optimizers):
+            _restore_objects(optimizer, names, objects, optimizer_prefix(index).rstrip("/"))
+    except BaseException:
+        for optimizer, old in zip(state.optimizers, before, strict=True):
+            optimizer.state.clear()
+            optimizer.state.update(old)
+        raise
+
+
+def _allocate(optimizer: Optimizer, names: Names, stored: Mapping[str, TensorSpec], prefix: str) -> None:
+    """Give each parameter exactly the state tensors that the checkpoint has for it, uninitialised."""
+    keys: dict[str, list[str]] = {}
+    wanted = {name for name, _ in named_parameters(optimizer, names)}
+    for full in stored:
+        if full.startswith(prefix):
+            key, _, name = full.removeprefix(prefix).partition(".")
+            if name in wanted:
+                keys.setdefault(name, []).append(key)
+    for index, group in enumerate(optimizer.param_groups):
+        for name, parameter in zip(_names_of(group, names, index), group["params"], strict=True):
+            fresh = {key: _empty(stored[f"{prefix}{key}.{name}"], parameter, group) for key in keys.get(name, ())}
+            if fresh:
+                optimizer.state[parameter] = fresh
+            else:
+                optimizer.state.pop(parameter, None)
+
+
+def _empty(spec: TensorSpec, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
+    # As Optimizer.load_state_dict has it: a step counter stays on the CPU unless the step itself runs on the device.
+    on_device = spec.shape or group.get("capturable") or group.get("fused")
+    return torch.zeros(spec.shape, dtype=spec.dtype, device=parameter.device if on_device else "cpu")
+
+
+def _restore_objects(optimizer: Optimizer, names: Names, objects: Mapping[str, Any], key: str) -> None:
+    stored = objects.get(key)
+    if stored is None:
+        return
+    groups = stored["param_groups"]
+    if len(groups) != len(optimizer.param_groups):
+        raise CheckpointError(
+            "D0790",
+            f"{key} has {len(optimizer.param_groups)} parameter groups, the checkpoint has {len(groups)}",
+            fix="build the optimizer with the groups of the saved run",
+        )
+    for index, (group, old) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        if _names_of(group, names, index) != list(old["params"]):
+            raise CheckpointError(
+                "D0791",
+                f"{key}: parameter group {index} holds other parameters than in the checkpoint",
+                fix="build the optimizer with the groups of the saved run",
+            )
+    for group, old in zip(optimizer.param_groups, groups, strict=True):
+        group.update({name: value for name, value in old.items() if name != "params"})
+    for name, parameter in named_parameters(optimizer, names):
+        optimizer.state[parameter].update(stored["state"].get(name, {}))

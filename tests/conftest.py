@@ -1,0 +1,35 @@
+"""What every test may rely on: no process that it started outlives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+_OURS = ("forkserver", "resource_tracker")  # helpers of multiprocessing, which live as long as the test session
+
+
+def _children() -> set[psutil.Process]:
+    found = psutil.Process().children(recursive=True)
+    return {child for child in found if child.is_running() and not _is_helper(child)}
+
+
+def _is_helper(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE or any(name in " ".join(process.cmdline()) for name in _OURS)
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test() -> Iterator[None]:
+    before = _children()
+    yield
+    left = _children() - before
+    if left:
+        _, left_now = psutil.wait_procs(list(left), timeout=2)
+        names = [" ".join(process.cmdline())[:100] for process in left_now if process.is_running()]
+        for process in left_now:
+            process.kill()
+        assert not left_now, f"processes left behind: {names}"

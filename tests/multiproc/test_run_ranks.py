@@ -1,0 +1,84 @@
+"""`run_ranks` itself, over real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distrib.testing import RanksFailed, ranks, run_ranks
+
+
+def own_rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def sum_over_ranks(value: float) -> float:
+    dist.init_process_group("gloo")
+    total = torch.tensor(value * (own_rank() + 1))
+    dist.all_reduce(total)
+    return float(total)
+
+
+def raise_on_rank_one() -> None:
+    dist.init_process_group("gloo")
+    if own_rank() == 1:
+        raise ValueError("seven is not a prime minister")
+    dist.all_reduce(torch.ones(1))
+
+
+def kill_rank_one() -> None:
+    if own_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(30)
+
+
+def hang() -> None:
+    time.sleep(60)
+
+
+def test_results_come_back_in_rank_order():
+    assert run_ranks(own_rank, 3) == [0, 1, 2]
+
+
+def test_the_ranks_can_talk():
+    assert run_ranks(sum_over_ranks, 2, 2.0) == [6.0, 6.0]
+
+
+def test_the_root_cause_is_shown_once_and_the_follower_is_folded():
+    with pytest.raises(RanksFailed) as failed:
+        run_ranks(raise_on_rank_one, 2)
+    text = str(failed.value)
+    assert text.count("Traceback") == 1
+    assert "seven is not a prime minister" in text
+    assert "rank 1 of 2 failed" in text
+
+
+def test_a_killed_rank_is_named_with_its_signal():
+    started = time.monotonic()
+    with pytest.raises(RanksFailed, match=r"rank 1 of 2 failed:\nkilled by SIGKILL"):
+        run_ranks(kill_rank_one, 2)
+    assert time.monotonic() - started < 25
+
+
+def test_a_rank_that_hangs_shows_its_stack():
+    with pytest.raises(RanksFailed, match=r"(?s)no result after 2 s.*in hang"):
+        run_ranks(hang, 1, timeout_s=2)
+
+
+def test_a_nested_function_is_refused():
+    with pytest.raises(ValueError, match="module level"):
+        run_ranks(lambda: None, 1)
+
+
+@pytest.mark.parametrize("word", ["a", "b"])
+@ranks(1, 2)
+def test_the_decorator_hands_fixtures_and_parameters_to_the_ranks(tmp_path: Path, word: str):
+    (tmp_path / f"{word}{own_rank()}").touch()
+    assert word in "ab"
+    assert tmp_path.is_dir()
