@@ -1,0 +1,182 @@
+"""From settings of several layers to one set of values, or to every problem that they have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from distrib.config import not_built
+from distrib.config.problems import raise_all
+from distrib.config.schema import (
+    Values,
+    default_of,
+    expected,
+    is_valid,
+    keys,
+    names_of,
+    nested,
+    sections,
+    show,
+    value_at,
+)
+from distrib.config.settings import PRECEDENCE, Overridden, Setting
+from distrib.errors import ConfigError, NotBuiltError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The outcome: valid values, the setting behind each explicit one, and what lost."""
+
+    values: Values
+    winners: Mapping[str, Setting]
+    overridden: tuple[Overridden, ...]
+
+
+def resolve(settings: Iterable[Setting], problems: Sequence[ConfigError] = ()) -> Resolved:
+    """Check all settings and let the highest layer win for each key.
+
+    Args:
+        settings: In any order; of two for one key in one layer, the later counts.
+        problems: What was found wrong before, to be raised together with what is found here.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
+    ranked = sorted(settings, key=lambda setting: PRECEDENCE.index(setting.source.kind))
+    found = {index: problem for index, setting in enumerate(ranked) if (problem := _check_one(setting))}
+    valid = [setting for index, setting in enumerate(ranked) if index not in found]
+    winners = {setting.key: setting for setting in valid}
+    raise_all([*problems, *found.values(), *_not_built_values(winners), *_check_together(winners)])
+    values = Values.model_validate(nested({key: setting.value for key, setting in winners.items()}))
+    winners = {key: Setting(key, value_at(values, key), setting.source) for key, setting in winners.items()}
+    losers = [setting for setting in valid if setting.value != value_at(values, setting.key)]
+    return Resolved(values, winners, tuple(Overridden(winners[loser.key], loser) for loser in losers))
+
+
+def _check_one(setting: Setting) -> ConfigError | None:
+    if setting.key in sections():
+        fields = ", ".join(sections()[setting.key].model_fields)
+        return _wrong(setting, f"a mapping with some of {fields}", f"write {setting.key}: {{key: value}}")
+    if setting.key not in keys():
+        return _unknown(setting)
+    if not not_built.is_built(setting.key):
+        return _key_not_built(setting)
+    if is_valid(setting.key, setting.value):
+        return None
+    return _wrong(setting, expected(setting.key), _how_to_mend(setting))
+
+
+def _wrong(setting: Setting, wanted: str, fix: str) -> ConfigError:
+    near = did_you_mean(setting.value, names_of(setting.key)) if _is_misspelt(setting) else ""
+    problem = f"got {show(setting.value)}; expected {wanted}{near}"
+    return ConfigError("D0106", problem, where=setting.where, fix=fix)
+
+
+def _is_misspelt(setting: Setting) -> bool:
+    return setting.key in keys() and isinstance(setting.value, str)
+
+
+_YES_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+
+
+def _how_to_mend(setting: Setting) -> str:
+    key, value, default = setting.key, setting.value, default_of(setting.key)
+    meant = _YES_NO.get(str(value).lower())
+    if meant and isinstance(default, bool):
+        return f"write {meant}: only true and false are booleans"
+    if value is False and "no" in names_of(key):
+        return "write no"
+    return f"give {key} such a value, or leave it out (default: {show(default)})"
+
+
+def _unknown(setting: Setting) -> ConfigError:
+    key = setting.key
+    if setting.source.kind == "env":
+        near = did_you_mean(setting.source.where, map(variable_of, keys()))
+    else:
+        same_name = [known for known in keys() if known.rpartition(".")[2] == key.rpartition(".")[2]]
+        near = did_you_mean(key, keys()) or (f"; did you mean {same_name[0]!r}?" if same_name else "")
+    return ConfigError(
+        "D0105",
+        f"unknown key {key!r}{near}",
+        where=setting.where,
+        fix="correct or remove it; docs/config.md lists every key",
+    )
+
+
+def variable_of(key: str) -> str:
+    """Return the environment variable that sets a dotted key: "mesh.shard" -> "DISTRIB_MESH__SHARD"."""
+    return f"DISTRIB_{key.replace('.', '__').upper()}"
+
+
+def _key_not_built(setting: Setting) -> NotBuiltError:
+    key = setting.key
+    return NotBuiltError(
+        key,
+        problem=f"{key} is set to {show(setting.value)}, but this version does not have {key} yet",
+        where=setting.where,
+        fix=f"leave {key} out",
+    )
+
+
+def _value_not_built(setting: Setting) -> NotBuiltError | None:
+    key, value = setting.key, setting.value
+    built = not_built.BUILT_VALUES.get(key)
+    from_elsewhere = isinstance(value, str) and bool(names_of(key)) and value not in names_of(key)
+    if built is None or value in built or from_elsewhere:
+        return None
+    available = ", ".join(name if isinstance(name, str) else show(name) for name in built)
+    return NotBuiltError(
+        key,
+        problem=f"{key} is set to {show(value)}, but this version does not have that yet; it has {available}",
+        where=setting.where,
+        fix=f"set {key} to {available}" if len(built) == 1 else f"set {key} to one of {available}",
+    )
+
+
+def _not_built_values(winners: Mapping[str, Setting]) -> list[ConfigError]:
+    return [problem for setting in winners.values() if (problem := _value_not_built(setting))]
+
+
+def _check_together(winners: Mapping[str, Setting]) -> list[ConfigError]:
+    return [*_one_batch_size(winners), *_options_of_another_strategy(winners)]
+
+
+def _one_batch_size(winners: Mapping[str, Setting]) -> list[ConfigError]:
+    pair = [winners.get("global_batch_size"), winners.get("gradient_accumulation_steps")]
+    given = [setting for setting in pair if setting is not None and setting.value is not None]
+    if len(given) < len(pair):
+        return []
+    batch, steps = given
+    return [
+        ConfigError(
+            "D0107",
+            f"global_batch_size is {batch.value}, but gradient_accumulation_steps is {steps.value} "
+            f"at {steps.source.where}; expected one of the two, since either decides the other",
+            where=batch.where,
+            fix="remove one of them",
+        )
+    ]
+
+
+def _options_of_another_strategy(winners: Mapping[str, Setting]) -> list[ConfigError]:
+    chosen = winners.get("strategy")
+    if chosen is None or chosen.value == "auto":
+        return []
+    others = set(names_of("strategy")) - {chosen.value}
+    # A higher layer may switch the strategy of a file that has options for its own one.
+    idle = [
+        s
+        for s in winners.values()
+        if s.key.partition(".")[0] in others and s.source.kind == chosen.source.kind
+    ]
+    return [
+        ConfigError(
+            "D0107",
+            f"this is an option of the strategy {setting.key.partition('.')[0]}, "
+            f"but strategy is {chosen.value} at {chosen.source.where}",
+            where=setting.where,
+            fix=f"remove it, or set strategy to {setting.key.partition('.')[0]}",
+        )
+        for setting in idle
+    ]

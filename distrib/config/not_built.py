@@ -1,0 +1,36 @@
+"""What the schema knows and this version does not have yet.
+
+An explicit setting of any of it is refused, even to its default. Whoever builds a feature deletes its name here.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Keys, or whole sections, of which no value can be set.
+KEYS: Final = frozenset({
+    "mesh.shard", "mesh.tensor", "mesh.context", "mesh.pipeline", "mesh.expert",
+    "ddp.static_graph", "ddp.comm_hook",
+    "fsdp", "deepspeed", "xla", "compile", "activation_checkpointing", "sync_batchnorm",
+    "data.prefetch", "data.dispatch",
+    "checkpoint.on_signal",
+    "tracking",
+    "watch.heartbeat_s", "watch.silence_s", "watch.report_s", "watch.verify_collectives", "watch.nonfinite",
+    "launch.max_restarts", "launch.preempt_grace_s", "launch.log_dir",
+})  # fmt: skip
+
+# Keys of which only these values can be set; a row goes when all that the schema allows is built.
+BUILT_VALUES: Final[dict[str, tuple[object, ...]]] = {
+    "strategy": ("auto", "single", "ddp"),
+    "device": ("auto", "cpu", "cuda", "mps", "xpu"),
+    "mixed_precision": ("no", "bf16"),
+    "ddp.find_unused_parameters": (True, False),
+    "launch.backend": ("local",),
+    "launch.nnodes": (1,),
+    "launch.start_method": ("spawn",),
+}
+
+
+def is_built(key: str) -> bool:
+    """Say whether any value of a dotted key can be set."""
+    return key not in KEYS and key.partition(".")[0] not in KEYS
