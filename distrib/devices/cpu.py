@@ -24,7 +24,7 @@ class CpuDevice(DeviceBackend):
     def count(self) -> int:
         return 0
 
-    def bind(self, local_rank: int) -> torch.device:  # noqa: ARG002 (all ranks share the CPU)
+    def bind(self, local_rank: int) -> torch.device:
         return torch.device("cpu")
 
     def supports(self, dtype: torch.dtype) -> tuple[bool, str]:

@@ -24,8 +24,6 @@ def expand_nodelist(text: str, *, where: str | None = None) -> tuple[str, ...]:
         TopologyError: if it does not follow the notation (D0204).
     """
     hosts = [host for name in _split(text) for host in _expand(name, text, where)]
-    if not hosts:
-        raise _unreadable(text, where)
     return tuple(hosts)
 
 
@@ -57,12 +55,13 @@ def _expand(name: str, text: str, where: str | None) -> Iterable[str]:
 
 
 def _numbers(ranges: str, text: str, where: str | None) -> list[str]:
-    matches = _all_matched([_RANGE.fullmatch(part.strip()) for part in ranges.split(",")], text, where)
-    return [
-        str(number).zfill(len(match[1]))
-        for match in matches
-        for number in range(int(match[1]), int(match[2] or match[1]) + 1)
-    ]
+    numbers: list[str] = []
+    for match in _all_matched([_RANGE.fullmatch(part.strip()) for part in ranges.split(",")], text, where):
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise _unreadable(text, where)
+        numbers += [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
+    return numbers
 
 
 def _all_matched(matches: list[re.Match[str] | None], text: str, where: str | None) -> list[re.Match[str]]:

@@ -99,8 +99,8 @@ def read_common(env: Mapping[str, str], source: str) -> Topology:
     """Read the variables that every tool knows: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and so on.
 
     The node's index is GROUP_RANK or NODE_RANK, the number of nodes GROUP_WORLD_SIZE or NUM_NODES; they may
-    be left out when all nodes have the same number of ranks in sequence. LOCAL_RANK and LOCAL_WORLD_SIZE may be
-    left out when MASTER_ADDR is this machine's loopback address.
+    be left out when all nodes have the same number of ranks in sequence. LOCAL_RANK and LOCAL_WORLD_SIZE may
+    be left out when MASTER_ADDR is this machine's loopback address.
 
     Raises:
         TopologyError: if one is missing, no number, or contradicts another.
