@@ -99,6 +99,6 @@ def _v1_quota(read: Callable[[str], str | None], folder: str) -> float | None:
 
 def _read(path: str) -> str | None:
     try:
-        return Path(path).read_text(encoding="ascii")
+        return Path(path).read_text(encoding="utf-8", errors="replace")  # a group may have any name
     except OSError:
         return None
