@@ -9,6 +9,7 @@ from distrib.config import not_built
 from distrib.config.problems import raise_all
 from distrib.config.schema import (
     Values,
+    canonical,
     default_of,
     expected,
     is_valid,
@@ -17,7 +18,6 @@ from distrib.config.schema import (
     nested,
     sections,
     show,
-    value_at,
 )
 from distrib.config.settings import PRECEDENCE, Overridden, Setting
 from distrib.errors import ConfigError, NotBuiltError, did_you_mean
@@ -36,7 +36,7 @@ def resolve(settings: Iterable[Setting], problems: Sequence[ConfigError] = ()) -
     """Check all settings and let the highest layer win for each key.
 
     Args:
-        settings: In any order; of two for one key in one layer, the later counts.
+        settings: In any order.
         problems: What was found wrong before, to be raised together with what is found here.
 
     Raises:
@@ -44,13 +44,29 @@ def resolve(settings: Iterable[Setting], problems: Sequence[ConfigError] = ()) -
     """
     ranked = sorted(settings, key=lambda setting: PRECEDENCE.index(setting.source.kind))
     found = {index: problem for index, setting in enumerate(ranked) if (problem := _check_one(setting))}
-    valid = [setting for index, setting in enumerate(ranked) if index not in found]
+    found.update(_repeated(ranked))
+    valid = [_canonical(setting) for index, setting in enumerate(ranked) if index not in found]
     winners = {setting.key: setting for setting in valid}
     raise_all([*problems, *found.values(), *_not_built_values(winners), *_check_together(winners)])
     values = Values.model_validate(nested({key: setting.value for key, setting in winners.items()}))
-    winners = {key: Setting(key, value_at(values, key), setting.source) for key, setting in winners.items()}
-    losers = [setting for setting in valid if setting.value != value_at(values, setting.key)]
+    losers = [setting for setting in valid if setting.value != winners[setting.key].value]
     return Resolved(values, winners, tuple(Overridden(winners[loser.key], loser) for loser in losers))
+
+
+def _canonical(setting: Setting) -> Setting:
+    return Setting(setting.key, canonical(setting.key, setting.value), setting.source)
+
+
+def _repeated(ranked: Sequence[Setting]) -> dict[int, ConfigError]:
+    """Find keys that one layer sets in two spellings, such as `mesh.shard:` beside `mesh: {shard: }`."""
+    first: dict[tuple[str, str], Setting] = {}
+    problems = {}
+    for index, setting in enumerate(ranked):
+        before = first.setdefault((setting.key, setting.source.kind), setting)
+        if before is not setting:
+            problem = f"{setting.key} is set to {show(setting.value)}, but {before.source.where} sets it too"
+            problems[index] = ConfigError("D0104", problem, where=setting.where, fix="remove one of them")
+    return problems
 
 
 def _check_one(setting: Setting) -> ConfigError | None:
@@ -90,12 +106,12 @@ def _how_to_mend(setting: Setting) -> str:
 
 
 def _unknown(setting: Setting) -> ConfigError:
-    key = setting.key
+    key, known = setting.key, (*keys(), *sections())
+    same_name = [name for name in keys() if name.rpartition(".")[2] == key.rpartition(".")[2]]
     if setting.source.kind == "env":
-        near = did_you_mean(setting.source.where, map(variable_of, keys()))
+        near = did_you_mean(setting.source.where, map(variable_of, same_name or known))
     else:
-        same_name = [known for known in keys() if known.rpartition(".")[2] == key.rpartition(".")[2]]
-        near = did_you_mean(key, keys()) or (f"; did you mean {same_name[0]!r}?" if same_name else "")
+        near = f"; did you mean {same_name[0]!r}?" if same_name else did_you_mean(key, known)
     return ConfigError(
         "D0105",
         f"unknown key {key!r}{near}",
@@ -154,7 +170,7 @@ def _one_batch_size(winners: Mapping[str, Setting]) -> list[ConfigError]:
             f"global_batch_size is {batch.value}, but gradient_accumulation_steps is {steps.value} "
             f"at {steps.source.where}; expected one of the two, since either decides the other",
             where=batch.where,
-            fix="remove one of them",
+            fix="remove one of them, or set it to null",
         )
     ]
 

@@ -71,7 +71,9 @@ class _Loader(_CoreRules, yaml.BaseLoader):
 
 
 class _Dumper(_CoreRules, yaml.SafeDumper):
-    pass
+    def represent_scalar(self, tag: str, value: str, style: str | None = None) -> ScalarNode:
+        # Outside double quotes a line separator would be read back as a space.
+        return super().represent_scalar(tag, value, style or (None if value.isprintable() else '"'))
 
 
 def parse(text: str, path: Path) -> Document:
@@ -82,7 +84,7 @@ def parse(text: str, path: Path) -> Document:
     """
     if path.suffix == ".json":
         _check_json(text, path)
-        text = text.replace("\t", " ")  # correct JSON has tabs only between values, where YAML refuses them
+        text = _as_yaml(text)
     problems: list[ConfigError] = []
     try:
         root = yaml.compose(text, Loader=_Loader)
@@ -134,12 +136,14 @@ def dump(tree: Mapping[str, Any]) -> str:
 
 
 def _located(node: Node, path: Path, problems: list[ConfigError]) -> Located:
-    line = node.start_mark.line + 1
-    if isinstance(node, SequenceNode):
+    line, tag = node.start_mark.line + 1, node.tag.removeprefix(_TAG)
+    if isinstance(node, SequenceNode) and tag == "seq":
         return Located([_located(inner, path, problems) for inner in node.value], line)
-    if isinstance(node, MappingNode):
+    if isinstance(node, MappingNode) and tag == "map":
         return Located(_mapping(node, path, problems), line)
-    return Located(_scalar(node), line)
+    if isinstance(node, ScalarNode) and (tag == "str" or (tag in _CORE and _CORE[tag].match(node.value))):
+        return Located(_scalar(str(node.value), tag), line)
+    raise _Refusal(problem=f"the tag {node.tag} is not supported here", problem_mark=node.start_mark)
 
 
 def _mapping(node: MappingNode, path: Path, problems: list[ConfigError]) -> dict[str, Located]:
@@ -165,15 +169,14 @@ def _mapping(node: MappingNode, path: Path, problems: list[ConfigError]) -> dict
     return found
 
 
-def _scalar(node: Node) -> str | int | float | bool | None:
-    text, kind = str(node.value), node.tag.removeprefix(_TAG)
-    if kind not in (*_CORE, "str"):
-        raise _Refusal(problem=f"the tag {node.tag} is not supported", problem_mark=node.start_mark)
+def _scalar(text: str, kind: str) -> str | int | float | bool | None:
     if kind == "int":
-        return int(text, 0) if text.startswith("0") and text[1:2] in ("o", "x") else int(text)
+        return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
     if kind == "float":
-        return float(text.replace(".inf", "inf").replace(".nan", "nan").lower())
-    return {"null": None, "bool": text.lower() == "true"}.get(kind, _joined(text))
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    if kind == "bool":
+        return text.lower() == "true"
+    return None if kind == "null" else _joined(text)
 
 
 def _joined(text: str) -> str:
@@ -194,6 +197,12 @@ def _check_json(text: str, path: Path) -> None:
         raise ConfigError("D0103", problem, where=where, fix=_SYNTAX_FIX) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError("D0103", f"not JSON: {error}", where=str(path), fix=_SYNTAX_FIX) from None
+
+
+def _as_yaml(text: str) -> str:
+    """Rewrite correct JSON so that YAML reads the same: no tabs (between values), all else in ASCII (in texts)."""
+    plain_text = text.replace("\t", " ").encode("ascii", "backslashreplace").decode("ascii")
+    return plain_text.replace("\x7f", "\\x7f")
 
 
 def _refuse_constant(name: str) -> None:

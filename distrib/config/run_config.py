@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import PrivateAttr
 
 from distrib.config.checks import Resolved, resolve
-from distrib.config.schema import Values, keys, sections, show
+from distrib.config.schema import Values, canonical, is_valid, keys, sections, show
 from distrib.config.settings import Overridden, Setting, Source
 from distrib.errors import ConfigError, did_you_mean
 
@@ -116,7 +116,9 @@ def with_code(config: RunConfig, values: Mapping[str, object], where: str) -> Ru
 
 
 def _differs(new: Setting, before: Mapping[str, Setting]) -> bool:
-    return new.key in before and before[new.key].value != new.value
+    if new.key not in before:
+        return False
+    return not is_valid(new.key, new.value) or canonical(new.key, new.value) != before[new.key].value
 
 
 def _conflict(new: Setting, old: Setting) -> ConfigError:

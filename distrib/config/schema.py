@@ -257,10 +257,15 @@ def nested(flat: Mapping[str, object]) -> dict[str, Any]:
 def is_valid(key: str, value: object) -> bool:
     """Say whether the schema takes `value` for `key`."""
     try:
-        Values.model_validate(nested({key: value}))
+        canonical(key, value)
     except ValidationError:
         return False
     return True
+
+
+def canonical(key: str, value: object) -> Any:
+    """Return a valid value as the schema holds it: whole seconds as a float, a list as a tuple."""
+    return value_at(Values.model_validate(nested({key: value})), key)
 
 
 def names_of(key: str) -> tuple[str, ...]:
@@ -280,7 +285,10 @@ def _names(annotation: Any) -> list[str]:
 def expected(key: str) -> str:
     """Return in words what `key` may be: "a whole number of at least 1, or auto"."""
     parts = _words(keys()[key])
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} or {parts[-1]}"
+    if len(parts) == 1:
+        return parts[0]
+    between = ", or " if any(" " in part for part in parts) else " or "
+    return ", ".join(parts[:-1]) + between + parts[-1]
 
 
 def _words(annotation: Any) -> list[str]:
