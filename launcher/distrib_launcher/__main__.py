@@ -1,0 +1,5 @@
+"""`python -m distrib_launcher`."""
+
+from distrib_launcher.cli import main
+
+main()

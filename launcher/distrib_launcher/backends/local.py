@@ -1,0 +1,33 @@
+"""The ranks as processes of this machine."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Mapping
+
+from distrib_launcher import report
+from distrib_launcher.plan import LaunchPlan
+from distrib_launcher.process import Supervisor
+
+
+def run(plan: LaunchPlan, env: Mapping[str, str]) -> int:
+    """Start the plan's ranks, watch them to their end, and report. Call from the main thread.
+
+    Args:
+        plan: With the port that is reserved.
+        env: The environment that the ranks inherit.
+
+    Returns:
+        The exit code.
+    """
+    ended = Supervisor(grace_s=plan.grace_s, notice=_print).run(plan.workers(env))
+    text = report.render(ended, socket.gethostname())
+    if text:
+        _print(text)
+    return report.exit_code(ended)
+
+
+def _print(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

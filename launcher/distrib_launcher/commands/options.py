@@ -1,0 +1,119 @@
+"""The options of `distrib launch` that set keys of the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import click
+
+from distrib.errors import LaunchError, NotBuiltError
+
+Given = tuple[str, str, str]  # key, value, option as it is called
+GIVEN: Final = "distrib_launcher.given"  # where click's context keeps the list of `Given`
+
+_SETTINGS: Final[tuple[tuple[tuple[str, ...], str, str], ...]] = (
+    (("-n", "--nproc-per-node"), "launch.nproc_per_node", "Processes on this machine."),
+    (("--device",), "device", "auto, cpu, cuda, ..."),
+    (("--strategy",), "strategy", "auto, single, ddp, ..."),
+    (("--mixed-precision",), "mixed_precision", "no, bf16, ..."),
+    (("--global-batch-size",), "global_batch_size", "Samples of one optimizer step, over all ranks."),
+    (
+        ("--gradient-accumulation-steps",),
+        "gradient_accumulation_steps",
+        "Micro-batches of one optimizer step.",
+    ),
+    (("--seed",), "seed", "The seed that everything random follows from."),
+    (("--master-port",), "launch.master_port", "Port at which the ranks meet; 0: any free one."),
+    (("--grace",), "launch.grace_s", "Seconds between SIGTERM and SIGKILL."),
+    (("--collective-timeout",), "watch.stall_timeout_s", "Seconds after which a collective fails."),
+    (("--nnodes",), "launch.nnodes", "Machines: N or FEWEST:MOST."),
+    (("--backend",), "launch.backend", "What starts the processes."),
+    (("--start-method",), "launch.start_method", "fork or spawn."),
+    (("--max-restarts",), "launch.max_restarts", "Restarts after a failure."),
+    (("--rdzv-timeout",), "launch.rdzv_timeout_s", "Seconds to wait for all machines."),
+    (("--log-dir",), "launch.log_dir", "Folder for each rank's output."),
+)
+_ACCELERATE: Final = {  # Accelerate's names for the same keys
+    "--num-processes": "launch.nproc_per_node",
+    "--num-machines": "launch.nnodes",
+    "--main-process-port": "launch.master_port",
+}
+_SHORTCUTS: Final = {
+    "--cpu": ("device", "cpu"),
+    "--multi-gpu": ("strategy", "ddp"),
+    "--use-deepspeed": ("strategy", "deepspeed"),
+}
+_NOT_BUILT: Final = (
+    *("--node-rank", "--machine-rank", "--master-addr", "--main-process-ip", "--hostfile"),
+    *("--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--rdzv-conf"),
+)
+
+
+def setting_options() -> list[click.Parameter]:
+    """Return the options; each one that is given is noted in the context's `meta[GIVEN]`."""
+    return [
+        *(_option(names, key, about=about) for names, key, about in _SETTINGS),
+        *(_option((name,), key, about=f"Accelerate's name of {key}.") for name, key in _ACCELERATE.items()),
+        *(
+            _option((name,), key, value, about=f"Set {key} to {value}.")
+            for name, (key, value) in _SHORTCUTS.items()
+        ),
+        *(_unbuilt(name) for name in _NOT_BUILT),
+    ]
+
+
+def _option(names: Sequence[str], key: str, value: str | None = None, *, about: str) -> click.Option:
+    def note(context: click.Context, _: click.Parameter, given: Any) -> None:
+        if given not in (None, False):
+            context.meta.setdefault(GIVEN, []).append((key, value or given, names[-1]))
+
+    is_flag = value is not None
+    metavar = None if is_flag else "VALUE"
+    return click.Option(
+        names, callback=note, expose_value=False, is_flag=is_flag, help=about, metavar=metavar
+    )
+
+
+def _unbuilt(name: str) -> click.Option:
+    def refuse(_: click.Context, __: click.Parameter, given: Any) -> None:
+        if given is not None:
+            raise NotBuiltError(name, where=name)
+
+    return click.Option([name], callback=refuse, expose_value=False, hidden=True)
+
+
+def flags(given: Iterable[Given], settings: Iterable[str]) -> dict[str, tuple[object, str]]:
+    """Return what was given on the command line: key -> (value, option).
+
+    Args:
+        given: From options of their own.
+        settings: "key=value", from `--set`.
+
+    Raises:
+        LaunchError: if a `--set` has no "=", or two options contradict each other.
+    """
+    found: dict[str, tuple[object, str]] = {}
+    for key, value, option in [*given, *map(_split, settings)]:
+        before, earlier = found.get(key, (value, option))
+        if before != value:
+            raise LaunchError(
+                "D0308",
+                f"{earlier} says {before!r}, but {option} says {value!r}; expected one value for {key}",
+                where=option,
+                fix=f"leave one of them out: {earlier} or {option}",
+            )
+        found[key] = (value, earlier)
+    return found
+
+
+def _split(setting: str) -> Given:
+    key, equals, value = setting.partition("=")
+    if not equals:
+        raise LaunchError(
+            "D0309",
+            f"got {setting!r}; expected KEY=VALUE",
+            where="--set",
+            fix="write it as --set data.tail=pad",
+        )
+    return key.strip(), value, f"--set {key.strip()}"

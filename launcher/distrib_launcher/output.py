@@ -1,0 +1,204 @@
+"""The ranks' output on the launcher's own stdout and stderr: whole lines, each with its rank, none lost."""
+
+from __future__ import annotations
+
+import os
+import select
+import selectors
+import shutil
+import threading
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
+
+_CHUNK = 1 << 16  # bytes; a pipe's capacity
+_ERASE = b"\r\x1b[K"
+
+
+@dataclass
+class Assembler:
+    """Cuts one stream into whole lines, and keeps the one that is still being written.
+
+    Attributes:
+        tail: The unfinished line. Of text that carriage returns overwrote, only the last state is kept.
+    """
+
+    tail: bytes = b""
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """Take what arrived; return the lines that it finished, without their ends."""
+        *lines, tail = (self.tail + chunk).split(b"\n")
+        body = tail.rstrip(b"\r")
+        overwritten = b"\r" if b"\r" in body else b""
+        self.tail = overwritten + _last_state(body) + tail[len(body) :]
+        return [_last_state(line.rstrip(b"\r")) for line in lines]
+
+    @property
+    def progress(self) -> bytes:
+        """What a terminal would show of a line that is being overwritten; empty if there is none."""
+        return _last_state(self.tail.rstrip(b"\r")) if b"\r" in self.tail else b""
+
+    def finish(self) -> list[bytes]:
+        """The stream has ended: return what is left, as a line."""
+        rest = _last_state(self.tail.rstrip(b"\r"))
+        self.tail = b""
+        return [rest] if rest else []
+
+
+def _last_state(line: bytes) -> bytes:
+    return line.rpartition(b"\r")[2]
+
+
+@dataclass
+class Surface:
+    """One terminal, file or pipe that lines go to, with the progress line that may stand at its end.
+
+    Attributes:
+        terminal: Whether text can be erased.
+        open_text: The progress text that stands without a line end.
+        open_source: Whose it is.
+    """
+
+    terminal: bool
+    open_text: bytes = b""
+    open_source: object = None
+
+    def line(self, source: object, text: bytes) -> bytes:
+        """Return the bytes that put a whole line there, below or in place of the progress line."""
+        own = source == self.open_source
+        opened, self.open_text = self.open_text, b""
+        if not opened:
+            return text + b"\n"
+        if own:
+            return (_ERASE if self.terminal else b"\r") + text + b"\n"
+        if self.terminal:
+            self.open_text = opened
+            return _ERASE + text + b"\n" + opened
+        return b"\n" + text + b"\n"
+
+    def progress(self, source: object, text: bytes) -> bytes:
+        """Return the bytes that show a progress line in place."""
+        other = self.open_text and source != self.open_source
+        if self.terminal and b"\x1b" not in text:
+            text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line cannot be erased
+        if text == self.open_text and not other:
+            return b""
+        had_text, self.open_text, self.open_source = bool(self.open_text), text, source
+        if self.terminal:
+            return (_ERASE if had_text else b"") + text
+        return (b"\n" if other else b"\r" if had_text else b"") + text
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stream of one rank.
+
+    Attributes:
+        fd: Where to read it.
+        target: File descriptor to show it on.
+        prefix: Put before each line.
+        shows_progress: Whether unfinished lines with carriage returns are shown as they change.
+    """
+
+    fd: int
+    target: int
+    prefix: bytes
+    shows_progress: bool
+    assembler: Assembler = field(default_factory=Assembler, compare=False)
+
+
+class Pump(threading.Thread):
+    """Copies the ranks' streams to the launcher's own. A thread, so that a slow reader never stops supervision.
+
+    Args:
+        sources: The streams; the pump closes their descriptors at their end.
+    """
+
+    def __init__(self, sources: Iterable[Source]) -> None:
+        super().__init__(name="output", daemon=True)
+        self._sources = list(sources)
+        self._surfaces = _surfaces({source.target for source in self._sources})
+        self._messages: deque[tuple[int, bytes]] = deque()
+        self._wake_read, self._wake_write = os.pipe()
+        self.ended_fd, self._ended_write = os.pipe()  # readable (at its end) when all streams have ended
+
+    def say(self, text: str, target: int) -> None:
+        """Show a line of the launcher's own among the ranks' lines."""
+        self._messages.append((target, text.encode()))
+        os.write(self._wake_write, b"x")
+
+    def run(self) -> None:
+        """Copy until every stream has ended."""
+        open_sources = len(self._sources)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_read, selectors.EVENT_READ)
+            for source in self._sources:
+                selector.register(source.fd, selectors.EVENT_READ, source)
+            while open_sources:
+                shown: list[tuple[int, bytes]] = []
+                for key, _ in selector.select():
+                    if key.data is None:
+                        os.read(self._wake_read, _CHUNK)
+                        continue
+                    chunk = os.read(key.fd, _CHUNK)
+                    shown += self._lines(key.data, chunk)
+                    if not chunk:
+                        selector.unregister(key.fd)
+                        os.close(key.fd)
+                        open_sources -= 1
+                self._show(shown + self._own_lines())
+        self._show([*self._own_lines(), *self._closing()])
+        os.close(self._ended_write)
+
+    def _lines(self, source: Source, chunk: bytes) -> list[tuple[int, bytes]]:
+        surface, assembler = self._surfaces[source.target], source.assembler
+        lines = assembler.feed(chunk) if chunk else assembler.finish()
+        shown = [surface.line(source.fd, source.prefix + line) for line in lines]
+        if source.shows_progress and assembler.progress:
+            shown.append(surface.progress(source.fd, source.prefix + assembler.progress))
+        return [(source.target, b"".join(shown))]
+
+    def _own_lines(self) -> list[tuple[int, bytes]]:
+        shown = []
+        while self._messages:
+            target, text = self._messages.popleft()
+            shown.append((target, self._surfaces[target].line(None, text)))
+        return shown
+
+    def _closing(self) -> list[tuple[int, bytes]]:
+        """End a progress line that still stands open, so that the report starts on a line of its own."""
+        ends = []
+        for target, surface in self._surfaces.items():
+            if surface.open_text:
+                ends.append((target, b"\n"))
+                surface.open_text = b""
+        return ends
+
+    def _show(self, shown: list[tuple[int, bytes]]) -> None:
+        for target, parts in groupby(shown, key=itemgetter(0)):
+            write_all(target, b"".join(data for _, data in parts))
+
+
+def _surfaces(targets: set[int]) -> dict[int, Surface]:
+    """One surface a terminal or file, even where stdout and stderr are the same one."""
+    by_place: dict[tuple[int, int], Surface] = {}
+    surfaces = {}
+    for target in sorted(targets):
+        status = os.fstat(target)
+        place = (status.st_dev, status.st_ino)
+        surfaces[target] = by_place.setdefault(place, Surface(terminal=os.isatty(target)))
+    return surfaces
+
+
+def write_all(target: int, data: bytes) -> None:
+    """Write everything, however often it takes; text for a reader that has gone is dropped."""
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(target, rest) :]
+        except BlockingIOError:  # somebody made the terminal non-blocking
+            select.select([], [target], [])
+        except OSError:  # the reader closed its end, or the disk is full: the job goes on
+            return

@@ -1,0 +1,159 @@
+"""What a launch will do, settled before anything is started. Immutable values and pure functions."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distrib.errors import LaunchError, did_you_mean
+from distrib_launcher.process import WorkerSpec
+
+_OTHER_LAUNCHERS = (
+    "TORCHELASTIC_",
+    "PMI_",
+    "PMIX_",
+    "OMPI_COMM_",
+)  # would tell a rank that it is another one's
+_EXTENSIONS = (".py", ".pyc", ".zip", ".pyz")
+
+
+@dataclass(frozen=True)
+class Program:
+    """The user's program.
+
+    Attributes:
+        kind: "script", "module" or "command".
+        target: The script's path, the module's dotted name, or the command.
+        args: Its arguments, as they were given.
+    """
+
+    kind: str
+    target: str
+    args: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """The program as one would type it."""
+        start = {"script": ["python"], "module": ["python", "-m"], "command": []}[self.kind]
+        return shlex.join([*start, self.target, *self.args])
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """One launch on this machine.
+
+    Attributes:
+        program: What every rank runs.
+        num_processes: How many ranks.
+        threads: CPU threads for each rank.
+        master_addr: Address at which the ranks meet.
+        master_port: Its port; 0 while it is not chosen yet.
+        config: The configuration for the workers, as JSON.
+        grace_s: Seconds between asking a rank to end and killing it.
+    """
+
+    program: Program
+    num_processes: int
+    threads: int
+    master_addr: str
+    master_port: int
+    config: str
+    grace_s: float
+
+    def variables(self, rank: int) -> dict[str, str]:
+        """Return the environment variables that a rank gets from the launcher."""
+        return {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(self.num_processes),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(self.num_processes),
+            "NODE_RANK": "0",
+            "GROUP_RANK": "0",
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+            "OMP_NUM_THREADS": str(self.threads),
+            "DISTRIB_CONFIG": self.config,
+        }
+
+    def workers(self, env: Mapping[str, str]) -> tuple[WorkerSpec, ...]:
+        """Return the processes to start.
+
+        Args:
+            env: The launcher's environment, which the workers inherit but for other launchers' variables.
+        """
+        inherited = {name: value for name, value in env.items() if not name.startswith(_OTHER_LAUNCHERS)}
+        program = (self.program.target, *self.program.args)
+        return tuple(
+            WorkerSpec(rank, self.program.kind, program, {**inherited, **self.variables(rank)})
+            for rank in range(self.num_processes)
+        )
+
+
+def find_program(kind: str, words: Sequence[str], env: Mapping[str, str]) -> Program:
+    """Check that the program is there before anything is started.
+
+    Args:
+        kind: "script", "module" or "command".
+        words: The program and its arguments.
+        env: Its PATH is where a command is looked for.
+
+    Raises:
+        LaunchError: if the program is missing, with the nearest name.
+    """
+    if not words:
+        raise LaunchError(
+            "D0303",
+            "there is no program to launch",
+            where="distrib launch",
+            fix="name one after the options: distrib launch train.py, or distrib launch -m package.module",
+        )
+    program = Program(kind, words[0], tuple(words[1:]))
+    {"script": _check_script, "module": _check_module, "command": _check_command}[kind](program.target, env)
+    return program
+
+
+def _check_script(target: str, env: Mapping[str, str]) -> None:
+    path = Path(target)
+    if path.is_dir() and not (path / "__main__.py").is_file():
+        raise _missing(f"{target} is a directory without a __main__.py", "name the script in it")
+    if not path.exists():
+        near = _near_script(path)
+        command = " or --no-python for a command" if shutil.which(target, path=env.get("PATH")) else ""
+        raise _missing(f"there is no script {target} in {Path.cwd()}{near}", f"correct the path{command}")
+    if not os.access(path, os.R_OK):
+        raise _missing(f"the script {target} cannot be read", "give yourself permission to read it")
+
+
+def _near_script(path: Path) -> str:
+    try:
+        names = [each.name for each in path.parent.iterdir() if each.suffix in _EXTENSIONS]
+    except OSError:
+        return ""
+    return did_you_mean(path.name, names)
+
+
+def _check_module(target: str, env: Mapping[str, str]) -> None:
+    """Look for the first part of the name only: to look further would import it."""
+    first = target.partition(".")[0]
+    places = [str(Path.cwd()), *env.get("PYTHONPATH", "").split(os.pathsep), *sys.path]
+    known = first in sys.builtin_module_names or importlib.machinery.FrozenImporter.find_spec(first)
+    if not (known or importlib.machinery.PathFinder.find_spec(first, places)):
+        raise _missing(
+            f"there is no module {target}: {first} is neither in {Path.cwd()} nor installed",
+            "correct the name, install the package, or start from the directory that holds it",
+        )
+
+
+def _check_command(target: str, env: Mapping[str, str]) -> None:
+    if shutil.which(target, path=env.get("PATH")) is None:
+        raise _missing(f"there is no command {target}", "correct it, or leave --no-python out for a script")
+
+
+def _missing(problem: str, fix: str) -> LaunchError:
+    return LaunchError("D0304", problem, where="distrib launch", fix=fix)

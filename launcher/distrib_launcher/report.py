@@ -1,0 +1,236 @@
+"""From how each rank ended to one report and one exit code. Pure functions."""
+
+from __future__ import annotations
+
+import signal
+import sysconfig
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import distrib
+from distrib_launcher.process import Ended, Outcome
+
+MAX_LINES = 25
+_MAX_FRAMES = 5  # of two lines each
+_MAX_MESSAGE = 8  # lines of an exception's own text
+_MAX_WIDTH = 300
+_FOLLOWING = {  # what a rank gets when another one has gone
+    "CollectiveError",
+    "DistBackendError",
+    "DistNetworkError",
+    "DistStoreError",
+    "ConnectionError",
+}
+_LOST_PEER = (  # what the messages of gloo and NCCL have in common then
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "socket closed",
+    "broken pipe",
+    "remote process exited or there was a network error",
+    "ncclremoteerror",
+)
+_CAUSES = {
+    signal.SIGKILL: "often the kernel's out-of-memory killer: `dmesg` names the process; fewer data-loader workers "
+    "or a smaller batch need less memory",
+    signal.SIGSEGV: "a crash in native code: a library built for another torch or driver, or a bad pointer in an "
+    "extension",
+    signal.SIGBUS: "often shared memory is full: enlarge /dev/shm or use fewer data-loader workers",
+    signal.SIGABRT: "native code gave up; its message is in the rank's output above",
+    signal.SIGILL: "the processor lacks an instruction that a library was built for",
+    signal.SIGFPE: "an integer division by zero in native code",
+    signal.SIGTERM: "somebody asked this process to end: a scheduler, a container runtime or a user",
+    signal.SIGINT: "somebody interrupted this process",
+    signal.SIGPIPE: "it wrote to a pipe that nobody reads any more",
+    signal.SIGXCPU: "it used up its limit of CPU time (`ulimit -t`)",
+}
+
+
+def exit_code(ended: Ended) -> int:
+    """Return what the launcher exits with: the root cause's code, 128 + signal for signals, 0 if all went well."""
+    root = root_cause(ended.outcomes)
+    if root is not None and not root.stopped:
+        return _status(root)
+    if ended.interrupted:
+        return 128 + ended.interrupted
+    return _status(root) if root is not None else 0
+
+
+def root_cause(outcomes: Iterable[Outcome]) -> Outcome | None:
+    """Return the failure that the others followed from: the first, but losing a peer is nobody's own failure."""
+    failed = [outcome for outcome in outcomes if _status(outcome)]
+    return min(failed, key=lambda each: (each.stopped, _follows(each), each.at, each.rank), default=None)
+
+
+def render(ended: Ended, hostname: str) -> str:
+    """Return the report: at most `MAX_LINES` lines, the root cause once; empty if all went well."""
+    root = root_cause(ended.outcomes)
+    if ended.interrupted and (root is None or root.stopped):
+        return _interrupted(ended)
+    if root is None:
+        return _leftovers(ended)
+    alike = [each for each in ended.outcomes if each is not root and _same(each, root)]
+    others = [each for each in ended.outcomes if each is not root and each not in alike]
+    head = [_headline(root, alike, hostname)]
+    tail = [*_others(others), *_finished_early(root, others), *_hint(root), f"exit code {exit_code(ended)}"]
+    room = MAX_LINES - len(head) - len(tail)
+    return "\n".join(_cut(line) for line in [*head, *_evidence(root, room), *tail])
+
+
+def _status(outcome: Outcome) -> int:
+    if outcome.event.get("exit_code"):
+        return int(outcome.event["exit_code"])
+    return 128 - outcome.returncode if outcome.returncode < 0 else outcome.returncode
+
+
+def _signal_of(outcome: Outcome) -> signal.Signals | None:
+    number = outcome.event.get("signal") or (-outcome.returncode if not outcome.event else 0)
+    return signal.Signals(number) if number in set(signal.Signals) else None
+
+
+def _follows(outcome: Outcome) -> bool:
+    text = "\n".join(outcome.event.get("lines", ())).lower()
+    return bool(_FOLLOWING & set(outcome.event.get("bases", ()))) or any(part in text for part in _LOST_PEER)
+
+
+def _same(one: Outcome, other: Outcome) -> bool:
+    """Whether two ranks failed in the same way at the same place, so that showing one shows both."""
+    keys = ("kind", "type", "lines", "message", "signal", "exit_code")
+    if one.returncode != other.returncode or any(one.event.get(key) != other.event.get(key) for key in keys):
+        return False
+    last = [each.event["frames"][-1:] if each.event.get("frames") else [] for each in (one, other)]
+    return last[0] == last[1] and not (one.stopped and not one.event.get("lines"))
+
+
+def _headline(root: Outcome, alike: Sequence[Outcome], hostname: str) -> str:
+    who = f"rank {root.rank} (process {root.pid} on {hostname})"
+    also = f"; {_ranks(alike)} failed in the same way" if alike else ""
+    return f"distrib: {who} failed: {_what(root)}{also}"
+
+
+def _what(outcome: Outcome) -> str:
+    number = _signal_of(outcome)
+    if number is not None:
+        return f"ended by {number.name}"
+    if outcome.event.get("kind") == "exception":
+        return str(outcome.event["type"])
+    if outcome.event.get("kind") == "exit":
+        return f"sys.exit({outcome.event['message'] or outcome.event['exit_code']!r})"
+    return f"exit code {_status(outcome)}, without an exception (os._exit, or native code)"
+
+
+def _evidence(root: Outcome, room: int) -> list[str]:
+    """The exception with its frames, or the Python stack at a crash."""
+    if root.crash:
+        return [f"  {line}" for line in root.crash.splitlines() if line.strip()][:room]
+    if root.event.get("kind") != "exception":
+        return []
+    message = _shorten(root.event["lines"], _MAX_MESSAGE)
+    causes = [f"  because of {' '.join(cause.split())}" for cause in root.event["causes"]]
+    room_for_frames = min(_MAX_FRAMES, (room - len(message) - len(causes) - 1) // 2)
+    return [*_frames(root.event["frames"], room_for_frames), *(f"  {line}" for line in message), *causes][
+        :room
+    ]
+
+
+def _frames(frames: Sequence[Sequence[object]], room: int) -> list[str]:
+    """The user's own frames, and the last one whosever it is; the innermost ones where there is not room for all."""
+    chosen = [frame for frame in frames[:-1] if _is_users(str(frame[0]))] + list(frames[-1:])
+    shown = chosen[-room:] if room > 0 else []
+    lines = [f"  ({len(chosen) - len(shown)} outer frames left out)"] if len(shown) < len(chosen) else []
+    for path, number, name, text in shown:
+        lines.append(f"  {path}:{number} in {name}")
+        lines += [f"      {text}"] if text else []
+    return lines
+
+
+def _is_users(path: str) -> bool:
+    library = sysconfig.get_path("stdlib")
+    own = Path(distrib.__file__).parent
+    return not (
+        path.startswith(("<frozen", library + "/", f"{own}/"))
+        or "/site-packages/" in path
+        or "/dist-packages/" in path
+    )
+
+
+def _others(others: Sequence[Outcome]) -> list[str]:
+    """One line for the ranks that followed, one for each that had a failure of its own (a few), one for the rest."""
+    followed = [each for each in others if _status(each) and (each.stopped or _follows(each))]
+    failed = [each for each in others if _status(each) and each not in followed]
+    finished = [each for each in others if not _status(each)]
+    lines = [f"  {_ranks([each])} failed too: {_brief(each)}" for each in failed[:3]]
+    lines += [f"  {_ranks(failed[3:])} failed too"] if len(failed) > 3 else []
+    lines += [f"  {_ranks(followed)} followed: {_how(followed)}"] if followed else []
+    return lines + ([f"  {_ranks(finished)} finished normally"] if finished else [])
+
+
+def _brief(outcome: Outcome) -> str:
+    lines = outcome.event.get("lines") or [_what(outcome)]
+    return str(lines[-1])
+
+
+def _how(followed: Sequence[Outcome]) -> str:
+    lost = sum(1 for each in followed if not each.stopped or _follows(each))
+    killed = sum(1 for each in followed if each.returncode == -signal.SIGKILL)
+    asked = len(followed) - lost - killed
+    parts = [
+        f"{asked} ended by the launcher" if asked else "",
+        f"{killed} killed by the launcher after the grace time" if killed else "",
+        f"{lost} lost their peer" if lost else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _finished_early(root: Outcome, others: Sequence[Outcome]) -> list[str]:
+    gone = [each for each in others if not _status(each) and each.at <= root.at]
+    if not gone or not _follows(root):
+        return []
+    return [f"  hint: {_ranks(gone)} had ended before that: do all ranks make the same number of steps?"]
+
+
+def _hint(root: Outcome) -> list[str]:
+    number = _signal_of(root)
+    return [f"  likely cause: {_CAUSES[number]}"] if number in _CAUSES else []
+
+
+def _interrupted(ended: Ended) -> str:
+    name = signal.Signals(ended.interrupted).name
+    killed = [each for each in ended.outcomes if each.returncode == -signal.SIGKILL]
+    by_force = f"; {_ranks(killed)} had to be killed" if killed else ""
+    return (
+        f"distrib: interrupted by {name}; {_ranks(ended.outcomes)} ended within {ended.stop_s:.1f} s{by_force}; "
+        f"exit code {128 + ended.interrupted}"
+    )
+
+
+def _leftovers(ended: Ended) -> str:
+    if not ended.leftovers:
+        return ""
+    return f"distrib: ended {ended.leftovers} processes that the ranks had left behind"
+
+
+def _ranks(outcomes: Sequence[Outcome]) -> str:
+    """Name ranks with runs folded: "ranks 0-2, 5"."""
+    numbers = sorted(outcome.rank for outcome in outcomes)
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    named = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(named)}"
+
+
+def _shorten(lines: Sequence[str], most: int) -> list[str]:
+    """Keep the first and the last lines of a long text."""
+    if len(lines) <= most:
+        return list(lines)
+    kept = most - 1
+    head = (kept + 1) // 2
+    return [*lines[:head], f"... ({len(lines) - kept} lines left out)", *lines[head - kept :]]
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _MAX_WIDTH else f"{line[: _MAX_WIDTH - 3]}..."

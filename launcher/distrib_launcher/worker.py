@@ -1,0 +1,248 @@
+"""What a worker runs before and after the user's program: `python worker.py LIFE RECORD LAUNCHER KIND TARGET [args]`.
+
+LIFE is the read end of a pipe whose write end only the launcher (process id LAUNCHER) holds; RECORD is the write end
+of a pipe on which the launcher hears how the program ended; KIND is "script", "module" or "command". The program then
+runs as the true `__main__`, as if `python` had started it. Standard library only: this runs before the user's code.
+"""
+
+from __future__ import annotations
+
+import builtins
+import faulthandler
+import importlib.machinery
+import importlib.util
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import types
+from pathlib import Path
+from types import CodeType, FrameType, TracebackType
+from typing import Any
+
+_MAX_TEXT = 20_000  # characters of an exception's message that travel to the launcher
+_PR_SET_PDEATHSIG = 1
+HELD_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+)  # the launcher starts us with these blocked, until we can handle them
+
+
+def main() -> None:
+    """Tie this process to its launcher and become the user's program."""
+    life, record, launcher, kind, target, *args = sys.argv[1:]
+    tie_to_launcher(int(life), int(launcher))
+    os.set_inheritable(int(record), False)
+    if kind == "command":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
+        os.execvp(target, [target, *args])  # noqa: S606 (the user's own command, no shell)
+    sys.argv = [target, *args]
+    sys.orig_argv = [sys.executable, *(["-m"] if kind == "module" else []), target, *args]
+    recorder = Recorder(int(record))
+    recorder.watch_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # a pipe would be buffered in blocks, and lost at SIGKILL
+    recorder.run(kind, target)
+
+
+def tie_to_launcher(life: int, launcher: int) -> None:
+    """See to it that this process group is killed when the launcher ends, however it ends.
+
+    On Linux the kernel does it all, even for a process that is stopped or stuck in native code: the parent-death
+    signal, and SIGKILL to the group when the pipe's other end closes. Elsewhere a thread watches the pipe.
+    """
+    os.set_inheritable(life, False)
+    if sys.platform == "linux":
+        import ctypes  # noqa: PLC0415 (needed only here)
+        import fcntl  # noqa: PLC0415 (not on every platform)
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
+    else:
+        threading.Thread(target=_end_with_pipe, args=(life,), daemon=True).start()
+    if os.getppid() != launcher:  # it ended before we were tied
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _end_with_pipe(life: int) -> None:
+    os.read(life, 1)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+class Recorder:
+    """Runs the program and tells the launcher, as one JSON object a line, how it ended.
+
+    Args:
+        record: File descriptor to write to. A crash in native code writes its Python stack there as plain text.
+    """
+
+    def __init__(self, record: int) -> None:
+        self._record, self._pid, self._signal = record, os.getpid(), 0
+
+    def watch_signals(self) -> None:
+        """Let SIGTERM end the program through `atexit`; a handler of the user's own replaces this one."""
+        signal.signal(signal.SIGTERM, self._terminate)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+        os.register_at_fork(after_in_child=self._forget_signals)
+        if not faulthandler.is_enabled():
+            faulthandler.enable(file=self._record, all_threads=False)
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        raise SystemExit(128 + number)
+
+    def _forget_signals(self) -> None:
+        if signal.getsignal(signal.SIGTERM) == self._terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def run(self, kind: str, target: str) -> None:
+        """Run the program; never returns normally unless it did."""
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
+            if kind == "module":
+                run_module(target)
+            else:
+                run_script(target)
+        except BaseException as error:
+            if os.getpid() != self._pid:  # a child that the program forked
+                raise
+            sys.exit(self._ended(error))
+
+    def _ended(self, error: BaseException) -> int:
+        if self._signal and isinstance(error, SystemExit):
+            return self._say({"kind": "signal", "signal": self._signal, "exit_code": 128 + self._signal})
+        if isinstance(error, KeyboardInterrupt):
+            return self._say(
+                {"kind": "signal", "signal": int(signal.SIGINT), "exit_code": 128 + signal.SIGINT}
+            )
+        if isinstance(error, SystemExit):
+            return self._exited(error.code)
+        user_traceback = without_own_frames(error.__traceback__)
+        code = self._say({"kind": "exception", **describe(error, user_traceback)})
+        if sys.excepthook is not sys.__excepthook__:
+            sys.excepthook(type(error), error, user_traceback)
+        return code
+
+    def _exited(self, status: object) -> int:
+        if status is None or isinstance(status, int):
+            return self._say({"kind": "exit", "message": "", "exit_code": (status or 0) & 0xFF})
+        return self._say({"kind": "exit", "message": str(status)[:_MAX_TEXT], "exit_code": 1})
+
+    def _say(self, event: dict[str, Any]) -> int:
+        """Send the event; return the exit code that it names."""
+        line = json.dumps({"time": time.monotonic(), **event}) + "\n"
+        with os.fdopen(os.dup(self._record), "w", encoding="utf-8") as pipe:
+            pipe.write(line)
+        return int(event["exit_code"])
+
+
+def describe(error: BaseException, user_traceback: TracebackType | None) -> dict[str, Any]:
+    """Return what the report needs of an exception: type, bases, message lines, frames, causes, exit code."""
+    told = traceback.TracebackException(type(error), error, user_traceback, compact=True)
+    return {
+        "type": type(error).__qualname__,
+        "bases": [base.__qualname__ for base in type(error).__mro__],
+        "lines": "".join(told.format_exception_only())[:_MAX_TEXT].splitlines(),
+        "frames": [[frame.filename, frame.lineno, frame.name, frame.line or ""] for frame in told.stack],
+        "causes": _causes(told),
+        "exit_code": _exit_code(error),
+    }
+
+
+def _causes(told: traceback.TracebackException) -> list[str]:
+    causes: list[str] = []
+    shown = told
+    while len(causes) < 3:
+        inner = shown.__cause__ or (None if shown.__suppress_context__ else shown.__context__)
+        if inner is None:
+            break
+        place = f" ({inner.stack[-1].filename}:{inner.stack[-1].lineno})" if inner.stack else ""
+        causes.append("".join(inner.format_exception_only()).strip()[:500] + place)
+        shown = inner
+    return causes
+
+
+def _exit_code(error: BaseException) -> int:
+    """An exception ends a program with 1; distrib's own errors say which code is theirs."""
+    errors = sys.modules.get("distrib.errors")
+    return int(getattr(error, "exit_code", 1)) if errors and isinstance(error, errors.DistribError) else 1
+
+
+def without_own_frames(found: TracebackType | None) -> TracebackType | None:
+    """Drop the frames of this file and of the import machinery from the top of a traceback."""
+    while found is not None and (
+        found.tb_frame.f_code.co_filename == __file__ or "<frozen " in found.tb_frame.f_code.co_filename
+    ):
+        found = found.tb_next
+    return found
+
+
+def run_script(script: str) -> None:
+    """Run a file, or a directory or zip archive that holds a `__main__.py`, as `python SCRIPT` does.
+
+    Raises whatever the program raises.
+    """
+    if Path(script).is_dir() or script.endswith((".zip", ".pyz")):
+        _replace_path_entry(script)
+        spec = importlib.machinery.PathFinder.find_spec("__main__", [script])
+        if spec is None:
+            raise SystemExit(f"can't find '__main__' module in {script!r}")
+        _run_spec(spec)
+        return
+    _replace_path_entry(os.path.dirname(os.path.realpath(script)))  # noqa: PTH120 (a plain string, as Python's own)
+    path = os.path.abspath(script)  # noqa: PTH100 (pathlib would resolve nothing less, but drops "..")
+    with io.open_code(path) as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
+    loader = importlib.machinery.SourceFileLoader("__main__", path)
+    _run_code(code, __file__=path, __loader__=loader, __spec__=None, __package__=None, __cached__=None)
+
+
+def run_module(name: str) -> None:
+    """Run a module, or a package's `__main__`, as `python -m NAME` does. Raises whatever the program raises."""
+    _replace_path_entry(os.getcwd())  # noqa: PTH109 (a plain string, as Python's own)
+    spec = importlib.util.find_spec(name)
+    if spec is not None and spec.submodule_search_locations is not None:
+        spec = importlib.util.find_spec(f"{name}.__main__")
+    if spec is None:
+        raise SystemExit(f"no module named {name!r} that can be run with -m")
+    sys.argv[0] = spec.origin or name
+    _run_spec(spec)
+
+
+def _run_spec(spec: importlib.machinery.ModuleSpec) -> None:
+    code = getattr(spec.loader, "get_code")(spec.name)  # noqa: B009 (the loader protocol does not declare it)
+    if code is None:
+        raise SystemExit(f"no code object available for {spec.name}")
+    _run_code(
+        code,
+        __file__=spec.origin,
+        __loader__=spec.loader,
+        __spec__=spec,
+        __package__=spec.parent,
+        __cached__=spec.cached,
+    )
+
+
+def _run_code(code: CodeType, **names: object) -> None:
+    """Execute in a fresh `__main__`, so that pickling and multiprocessing find there what plain Python has there."""
+    module = types.ModuleType("__main__")
+    module.__dict__.update(names, __builtins__=builtins)
+    sys.modules["__main__"] = module
+    exec(code, module.__dict__)  # noqa: S102 (the user's program)
+
+
+def _replace_path_entry(entry: str) -> None:
+    """Put the program's place where Python put this file's directory; with -P neither is wanted."""
+    if not getattr(sys.flags, "safe_path", False):  # Python 3.11 and newer
+        sys.path[0] = entry
+
+
+if __name__ == "__main__":
+    main()
