@@ -1,0 +1,20 @@
+"""Checkpoints: a directory that is complete or absent, readable under any strategy and number of ranks."""
+
+from distrib.checkpoint.export import export_model
+from distrib.checkpoint.format import Manifest
+from distrib.checkpoint.reader import Reader, inspect, latest, open_checkpoint, verify
+from distrib.checkpoint.retention import retain
+from distrib.checkpoint.writer import Contents, save
+
+__all__ = [
+    "Contents",
+    "Manifest",
+    "Reader",
+    "export_model",
+    "inspect",
+    "latest",
+    "open_checkpoint",
+    "retain",
+    "save",
+    "verify",
+]

@@ -1,0 +1,84 @@
+"""One outcome for all ranks: a step that fails on one rank fails on every rank, with that rank's reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from distrib.collectives.base import Collectives
+from distrib.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+def collect(collectives: Collectives, what: str, action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank and return every rank's picklable value. Collective.
+
+    Args:
+        collectives: The ranks.
+        what: The action in words, for messages: "writing the checkpoint".
+        action: What each rank does by itself; it must not communicate with peers that may have failed.
+
+    Raises:
+        CheckpointError: on every rank, if it failed on any.
+    """
+    value, error = _attempt(what, action)
+    outcomes = collectives.gather_object((value, error))
+    _raise_first(collectives, [failed for _, failed in outcomes], error)
+    return [found for found, _ in outcomes]
+
+
+def together(collectives: Collectives, what: str, action: Callable[[], T]) -> T:
+    """Run `action` on every rank and return this rank's value, which stays on it. Collective.
+
+    Raises:
+        CheckpointError: on every rank, if it failed on any.
+    """
+    value, error = _attempt(what, action)
+    _raise_first(collectives, collectives.gather_object(error), error)
+    return value  # type: ignore[return-value]  # it is None only where an error has just been raised
+
+
+def on_main(collectives: Collectives, what: str, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and return its picklable value on every rank. Collective.
+
+    Raises:
+        CheckpointError: on every rank, if it failed.
+    """
+    value, error = _attempt(what, action) if collectives.rank == 0 else (None, None)
+    outcome: tuple[T, CheckpointError | None] = collectives.broadcast_object((value, error))
+    _raise_first(collectives, [outcome[1]], error)
+    return outcome[0]
+
+
+def _attempt(what: str, action: Callable[[], T]) -> tuple[T | None, CheckpointError | None]:
+    try:
+        return action(), None
+    except CheckpointError as error:
+        return None, error
+    except OSError as error:
+        wrapped = CheckpointError(
+            "D0714",
+            f"{what} failed: {error.strerror or error}",
+            where=str(error.filename) if error.filename else None,
+            fix="see that the file system is mounted, writable and has room, then save again",
+        )
+    except Exception as error:  # noqa: BLE001 (the peers wait in a collective; they must hear of any failure)
+        wrapped = CheckpointError("D0714", f"{what} failed: {type(error).__name__}: {error}")
+        wrapped.__cause__ = error
+    return None, wrapped
+
+
+def _raise_first(
+    collectives: Collectives, errors: Sequence[CheckpointError | None], own: CheckpointError | None
+) -> None:
+    failed = [(rank, error) for rank, error in enumerate(errors) if error is not None]
+    if not failed:
+        return
+    rank, first = failed[0]
+    if collectives.world_size == 1:
+        raise first
+    more = f" (and on {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
+    raise CheckpointError(
+        first.code, f"rank {rank}: {first.problem}{more}", where=first.where, fix=first.fix
+    ) from own

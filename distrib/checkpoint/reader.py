@@ -1,0 +1,494 @@
+"""Loading: what is stored is checked before anything is touched, then each rank reads the bytes that it needs."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+from distrib.checkpoint import format as layout
+from distrib.checkpoint.agreement import on_main, together
+from distrib.checkpoint.claim import is_checkpoint, restore_aside
+from distrib.checkpoint.codec import decode
+from distrib.checkpoint.files import Directory
+from distrib.checkpoint.format import MANIFEST, Extent, Manifest, StoredSlice, StoredTensor
+from distrib.checkpoint.plan import Overlap, Piece, numel, overlaps, pieces, size_of
+from distrib.checkpoint.storage import Storage, entries
+from distrib.checkpoint.transfer import read_box, relative, sub_tensor
+from distrib.checkpoint.writer import CUSTOM_OBJECTS, LOADERS, OBJECTS, SCALER, SCHEDULERS
+from distrib.collectives.base import Collectives
+from distrib.errors import CheckpointError, did_you_mean
+from distrib.state import LoaderPosition, ShardedState, Slice, TensorSpec, whole
+
+_MOST_LISTED = 20
+
+
+class Reader:
+    """An open, checked checkpoint. Close it, or use it as a context manager; made by `open_checkpoint`.
+
+    Attributes:
+        path: Its directory.
+        manifest: What it holds.
+    """
+
+    def __init__(self, directory: Directory, manifest: Manifest, collectives: Collectives) -> None:
+        self.path, self.manifest = directory.path, manifest
+        self._directory, self._collectives = directory, collectives
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the directory back; safe to call twice."""
+        self._directory.close()
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that wrote it."""
+        return self.manifest.world_size
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        """Numbers such as step and epoch."""
+        found: dict[str, Any] = decode(self.manifest.counters, self._where(MANIFEST))
+        return found
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the run that wrote it."""
+        found: dict[str, Any] = decode(self.manifest.config, self._where(MANIFEST))
+        return found
+
+    @cached_property
+    def objects(self) -> dict[str, Any]:
+        """The objects of the sharded states that were saved, merged over the ranks."""
+        found: dict[str, Any] = decode(self._json(OBJECTS), self._where(OBJECTS))
+        return found
+
+    @cached_property
+    def loaders(self) -> list[LoaderPosition]:
+        """Positions of the loaders, in the order of their preparation."""
+        return [self._position(x) for x in self._json(LOADERS)]
+
+    @cached_property
+    def schedulers(self) -> list[dict[str, Any]]:
+        """State dicts of the schedulers, in the order of their preparation."""
+        return [decode(x, self._where(SCHEDULERS)) for x in self._json(SCHEDULERS)]
+
+    @cached_property
+    def scaler(self) -> dict[str, Any] | None:
+        """State dict of the loss scaler, if one was saved."""
+        if SCALER not in self.manifest.files:
+            return None
+        found: dict[str, Any] = decode(self._json(SCALER), self._where(SCALER))
+        return found
+
+    @cached_property
+    def custom(self) -> Any:
+        """State dicts of the user's own objects, as a list or dict like the one that was saved."""
+        return decode(self._json(CUSTOM_OBJECTS), self._where(CUSTOM_OBJECTS), self._fetch)
+
+    def rng(self, rank: int) -> dict[str, Any]:
+        """Return the random states that rank `rank` of the writing run had, for `distrib.checkpoint.rng.restore`.
+
+        The rule for another number of ranks is the caller's: the states of some ranks fit no other number of them.
+
+        Raises:
+            CheckpointError: if the writing run had no such rank.
+        """
+        name = f"rng/rank-{rank:05d}.json"
+        found: dict[str, Any] = decode(self._json(name), self._where(name))
+        return found
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return name -> shape and dtype of the stored tensors of models and optimizers."""
+        return self.manifest.specs()
+
+    def check(
+        self, state: ShardedState, *, strict: bool = True, ignore: Collection[str] = ()
+    ) -> frozenset[str]:
+        """Compare what all ranks want with what is stored; nothing is read or changed. Collective.
+
+        Args:
+            state: This rank's slices, as `fill` will get them.
+            strict: Whether a missing or unexpected tensor is an error; a wrong shape or dtype always is.
+            ignore: Shell patterns of names, such as "model/head.*", that are left alone altogether.
+
+        Returns:
+            The names of `state` that the checkpoint can fill.
+
+        Raises:
+            CheckpointError: on every rank, with all that does not fit and the nearest stored name of each.
+        """
+        mine = {
+            s.name: TensorSpec(tuple(s.global_shape), s.dtype)
+            for found in state.tensors.values()
+            for s in found
+        }
+        everyone = self._collectives.gather_object((mine, dict(state.aliases)))
+        wanted = {
+            name: spec for specs, _ in everyone for name, spec in specs.items() if not _ignored(name, ignore)
+        }
+        aliases = {name for _, names in everyone for name in names}
+        together(
+            self._collectives,
+            "comparing the state",
+            lambda: self._compare(wanted, aliases, ignore, strict=strict),
+        )
+        return frozenset(name for name in mine if name in wanted and self._source(name))
+
+    def fill(self, state: ShardedState, *, only: Collection[str] | None = None) -> None:
+        """Read the stored values into the tensors of `state`, whatever layout wrote them. Collective.
+
+        Only the byte ranges that this rank's slices need are read, straight into contiguous host memory. Sizes are
+        checked first. A read error in the middle leaves the state partly overwritten, and the message says so.
+
+        Args:
+            state: Slices to fill; their tensors are changed in place and committed.
+            only: Names to fill, such as `check` returned; None for all of them.
+
+        Raises:
+            CheckpointError: on every rank, if a tensor is missing, does not fit or cannot be read on any.
+        """
+        parts = [s for name, found in state.tensors.items() if only is None or name in only for s in found]
+        jobs = together(self._collectives, "planning the load", lambda: self._plan(parts))
+        together(self._collectives, "reading the checkpoint", lambda: self._read(jobs))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a stored tensor whole, on the CPU."""
+        return self._fetch(name)
+
+    def _compare(
+        self,
+        wanted: Mapping[str, TensorSpec],
+        aliases: Collection[str],
+        ignore: Collection[str],
+        *,
+        strict: bool,
+    ) -> None:
+        stored = self.specs()
+        sources = {name: self._source(name) for name in wanted}
+        problems = [
+            _mismatch(name, wanted[name], stored[source]) for name, source in sources.items() if source
+        ]
+        if strict:
+            names, used = {*stored, *self.manifest.aliases}, {*sources.values(), *aliases}
+            problems += [_missing(name, spec, names) for name, spec in wanted.items() if not sources[name]]
+            problems += [
+                f"unexpected: {name!r} {_text(spec)} is stored, but has no place here{did_you_mean(name, wanted)}"
+                for name, spec in stored.items()
+                if name not in used and not _ignored(name, ignore)
+            ]
+        _raise_misfits([x for x in problems if x], str(self.path))
+
+    def _source(self, name: str) -> str:
+        """Return the name under which a tensor is stored, or ""."""
+        name = self.manifest.aliases.get(name, name)
+        return name if name in self.manifest.tensors else ""
+
+    def _plan(self, parts: Iterable[Slice]) -> list[_Job]:
+        """Pair slices with what is stored; raise if one has no match or a file that is needed is not whole."""
+        jobs, problems = [], []
+        for part in parts:
+            spec, stored = TensorSpec(tuple(part.global_shape), part.dtype), self._stored(part.name)
+            if stored is None:
+                problems.append(_missing(part.name, spec, self.specs()))
+                continue
+            problems.append(_mismatch(part.name, spec, stored.spec))
+            jobs.append(_Job(part, stored.slices))
+        _raise_misfits([x for x in problems if x], str(self.path))
+        for name in sorted({s.file for job in jobs for s in job.stored}):
+            self._directory.check_size(name, self.manifest.files[name])
+        return jobs
+
+    def _stored(self, name: str) -> StoredTensor | None:
+        return self.manifest.tensors.get(self._source(name))
+
+    @torch.no_grad()
+    def _read(self, jobs: Iterable[_Job]) -> None:
+        for part, stored in jobs:
+            tensor = part.get()
+            try:
+                self._read_slice(part, stored, tensor.detach())
+            except CheckpointError as error:
+                raise CheckpointError(
+                    error.code,
+                    f"{error.problem} (tensor {part.name!r} and others may be partly overwritten)",
+                    where=error.where,
+                    fix=error.fix,
+                ) from error
+            part.commit(tensor)
+
+    def _read_slice(self, part: Slice, stored: Iterable[StoredSlice], tensor: torch.Tensor) -> None:
+        views = _piece_views(part, tensor)
+        for source in stored:
+            found = list(overlaps(source.where, part.where, part.global_shape))
+            if found:
+                self._read_overlaps(source, found, views)
+
+    def _read_overlaps(
+        self, source: StoredSlice, found: Sequence[Overlap], views: Mapping[Piece, torch.Tensor]
+    ) -> None:
+        with self._directory.open(source.file) as file:
+
+            def read(view: memoryview, at: int) -> None:
+                self._directory.read_into(file, source.file, view, at)
+
+            for have, want, box in found:
+                target = sub_tensor(views[want], relative(box, want.box))
+                offset = source.offset + have.offset * target.element_size()
+                read_box(read, offset, have.box.size, relative(box, have.box), target)
+
+    def _fetch(self, name: str) -> torch.Tensor:
+        stored = self.manifest.tensors[name]
+        tensor = torch.empty(stored.spec.shape, dtype=stored.spec.dtype)
+        self._read_slice(whole(name, tensor), stored.slices, tensor)
+        return tensor
+
+    def _json(self, name: str) -> Any:
+        record = self.manifest.files.get(name)
+        if record is None:
+            raise CheckpointError(
+                "D0704",
+                "is not among the checkpoint's files",
+                where=self._where(name),
+                fix="load a checkpoint that save_state wrote",
+            )
+        return layout.parse_json(self._directory.read(name, record), self._where(name))
+
+    def _position(self, value: Any) -> LoaderPosition:
+        names = ("epoch", "seed", "consumed", "global_batch_size")
+        if not isinstance(value, dict) or any(type(value.get(name)) is not int for name in names):
+            raise CheckpointError(
+                "D0702", f"holds {value!r:.80}, which is no loader position", where=self._where(LOADERS)
+            )
+        return LoaderPosition(*(value[name] for name in names))
+
+    def _where(self, name: str) -> str:
+        return str(self.path / name)
+
+
+class _Job(NamedTuple):
+    part: Slice
+    stored: tuple[StoredSlice, ...]
+
+
+def inspect(directory: str | Path) -> Manifest:
+    """Read and check the manifest of a checkpoint; no other file is opened.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged, foreign or of another version.
+    """
+    opened = _open(Path(directory).absolute())
+    try:
+        return _load_manifest(opened)
+    finally:
+        opened.close()
+
+
+def verify(directory: str | Path) -> list[CheckpointError]:
+    """Read every byte of a checkpoint and return all that is wrong with it; empty if it is whole.
+
+    Raises:
+        CheckpointError: if its manifest cannot be used, so that nothing else can be judged.
+    """
+    opened = _open(Path(directory).absolute())
+    try:
+        manifest = _load_manifest(opened)
+        return _size_problems(opened, manifest, 0, 1) or _byte_problems(opened, manifest, 0, 1)
+    finally:
+        opened.close()
+
+
+def latest(directory: str | Path, prefix: str = "step-") -> Path | None:
+    """Return the complete checkpoint with the highest number in `directory`, or None.
+
+    Complete means: a good manifest, and every file there with its size. Checksums are left to `open_checkpoint`.
+    """
+    complete = (path for _, path in reversed(numbered(directory, prefix)) if incompleteness(path) is None)
+    return next(complete, None)
+
+
+def numbered(directory: str | Path, prefix: str = "step-") -> list[tuple[int, Path]]:
+    """Return (number, path) of the directories with our manifest named `<prefix><number>`, in numeric order."""
+    parent = Path(directory).absolute()
+    for name in entries(parent):
+        aside = re.fullmatch(rf"\.({re.escape(prefix)}\d+)\.old-[0-9a-f]{{12}}", name)
+        if aside:
+            restore_aside(parent / aside[1], Storage())
+    matches = (re.fullmatch(rf"{re.escape(prefix)}(\d+)", name) for name in entries(parent))
+    return sorted((int(m[1]), parent / m[0]) for m in matches if m and is_checkpoint(parent / m[0]))
+
+
+def incompleteness(path: Path) -> CheckpointError | None:
+    """Return why a checkpoint cannot be loaded, as far as its manifest and the files' sizes tell; None if it can."""
+    try:
+        opened = _open(path)
+    except CheckpointError as error:
+        return error
+    try:
+        return next(iter(_size_problems(opened, _load_manifest(opened), 0, 1)), None)
+    except CheckpointError as error:
+        return error
+    finally:
+        opened.close()
+
+
+def open_checkpoint(directory: str | Path, collectives: Collectives, *, verify: bool = True) -> Reader:
+    """Open a checkpoint and check it. Collective.
+
+    The ranks divide the work: together they read every byte once. Sizes are always checked.
+
+    Args:
+        directory: The checkpoint, on a file system that all ranks see.
+        collectives: The ranks that load together; any number of them.
+        verify: Whether to compare all checksums before anything can be loaded.
+
+    Raises:
+        CheckpointError: on every rank, if it is absent, incomplete, damaged, foreign or of another version.
+    """
+    path = Path(directory).absolute()
+    on_main(collectives, "looking for the checkpoint", lambda: restore_aside(path, Storage()))
+    opened = together(collectives, "opening the checkpoint", lambda: _open(path))
+    try:
+        manifest = together(collectives, "reading the manifest", lambda: _load_manifest(opened))
+        together(
+            collectives, "checking the files", lambda: _check(opened, manifest, collectives, verify=verify)
+        )
+    except BaseException:
+        opened.close()
+        raise
+    return Reader(opened, manifest, collectives)
+
+
+def _open(path: Path) -> Directory:
+    if not path.is_dir():
+        raise CheckpointError(
+            "D0701",
+            "is not a directory" if path.exists() else "does not exist",
+            where=str(path),
+            fix="give the directory that save_state wrote; distrib.checkpoint.latest finds the newest",
+        )
+    return Directory(path)
+
+
+def _load_manifest(directory: Directory) -> Manifest:
+    try:
+        data = directory.read(MANIFEST)
+    except CheckpointError as error:
+        if error.code != "D0704":
+            raise
+        raise CheckpointError(
+            "D0701",
+            f"is no complete checkpoint: it has no {MANIFEST}, which is written last",
+            where=str(directory.path),
+            fix="give the directory that save_state wrote; what another program saved has to be converted first",
+        ) from error
+    return layout.load(data, str(directory.path / MANIFEST))
+
+
+def _check(directory: Directory, manifest: Manifest, collectives: Collectives, *, verify: bool) -> None:
+    mine = collectives.rank, collectives.world_size
+    problems = _size_problems(directory, manifest, *mine)
+    if verify and not problems:
+        problems = _byte_problems(directory, manifest, *mine)
+    if problems:
+        first, rest = problems[0], problems[1:_MOST_LISTED]
+        more = "".join(f"\n  {x.where}: {x.problem}" for x in rest)
+        raise CheckpointError(first.code, first.problem + more, where=first.where, fix=first.fix)
+
+
+def _size_problems(
+    directory: Directory, manifest: Manifest, rank: int, world_size: int
+) -> list[CheckpointError]:
+    found = []
+    for name in sorted(manifest.files)[rank::world_size]:
+        try:
+            directory.check_size(name, manifest.files[name])
+        except CheckpointError as error:
+            found.append(error)
+    return found
+
+
+def _byte_problems(
+    directory: Directory, manifest: Manifest, rank: int, world_size: int
+) -> list[CheckpointError]:
+    found = []
+    for extent in _portion(manifest, rank, world_size):
+        try:
+            directory.check(extent)
+        except CheckpointError as error:
+            found.append(error)
+    return found
+
+
+def _portion(manifest: Manifest, rank: int, world_size: int) -> list[Extent]:
+    """Return the ranges that begin in this rank's part of all bytes, so that the ranks share the reading."""
+    total, at, found = layout.total_bytes(manifest), 0, []
+    for extent in layout.checked_bytes(manifest):
+        if at * world_size // max(total, 1) == rank:
+            found.append(extent)
+        at = min(at + extent.stop - extent.start, max(total - 1, 0))
+    return found
+
+
+def _piece_views(part: Slice, tensor: torch.Tensor) -> dict[Piece, torch.Tensor]:
+    """Return each box of a slice as a view of the slice's tensor."""
+    if tensor.numel() != size_of(part.where) or tensor.dtype is not part.dtype:
+        raise CheckpointError(
+            "D0710",
+            f"the slice of {part.name!r} to fill is {tensor.dtype} {tuple(tensor.shape)}, "
+            f"but was announced as {part.dtype} {part.where}",
+            fix="this is a fault of the strategy; report it",
+        )
+    found = pieces(part.where, part.global_shape)
+    if len(found) == 1 and tuple(tensor.shape) == found[0].box.size:
+        return {found[0]: tensor}
+    flat = tensor.view(-1)
+    return {
+        piece: flat.narrow(0, piece.offset, numel(piece.box.size)).view(piece.box.size) for piece in found
+    }
+
+
+def _missing(name: str, spec: TensorSpec, stored: Iterable[str]) -> str:
+    return f"missing: {name!r} {_text(spec)} is not stored{did_you_mean(name, stored)}"
+
+
+def _mismatch(name: str, wanted: TensorSpec, stored: TensorSpec) -> str:
+    return (
+        ""
+        if wanted == stored
+        else f"mismatch: {name!r} is stored as {_text(stored)}, but is {_text(wanted)} here"
+    )
+
+
+def _text(spec: TensorSpec) -> str:
+    return f"{str(spec.dtype).removeprefix('torch.')} {tuple(spec.shape)}"
+
+
+def _ignored(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _raise_misfits(problems: Sequence[str], where: str) -> None:
+    if not problems:
+        return
+    more = [f"and {len(problems) - _MOST_LISTED} more"] if len(problems) > _MOST_LISTED else []
+    raise CheckpointError(
+        "D0708",
+        "the checkpoint does not fit what it is loaded into; nothing was changed:"
+        + "".join(f"\n  {line}" for line in [*problems[:_MOST_LISTED], *more]),
+        where=where,
+        fix="build the model and optimizer as they were, or load with strict=False or ignore=[patterns]",
+    )

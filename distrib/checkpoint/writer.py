@@ -1,0 +1,383 @@
+"""Saving: every rank writes its own share into a hidden sibling; rank 0 writes the manifest and swaps it in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distrib import __version__
+from distrib.checkpoint.agreement import collect, on_main, together
+from distrib.checkpoint.claim import Claim
+from distrib.checkpoint.codec import encode
+from distrib.checkpoint.format import (
+    CUSTOM,
+    DTYPES,
+    ITEMSIZE,
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    StoredSlice,
+    StoredTensor,
+    check_group,
+    checksum,
+    code_of,
+    dump,
+    group_of,
+    stored_key,
+)
+from distrib.checkpoint.plan import (
+    Held,
+    Shape,
+    Share,
+    Where,
+    WritePlan,
+    canonical,
+    plan_writes,
+    size_of,
+    whole_box,
+)
+from distrib.checkpoint.storage import Storage
+from distrib.checkpoint.tensorfile import Entry, in_file_order, write_bytes, write_tensors
+from distrib.collectives.base import Collectives
+from distrib.errors import CheckpointError
+from distrib.state import Interval, LoaderPosition, ShardedState, Slice, TensorSpec, whole
+
+OBJECTS, LOADERS, SCHEDULERS, SCALER = "objects.json", "loaders.json", "schedulers.json", "scaler.json"
+CUSTOM_OBJECTS = f"{CUSTOM}/objects.json"
+_RESERVED = ("rng", CUSTOM)
+_SMALL_FILES_BYTES = 2**20  # room for manifest, documents and the file system's own blocks
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What one rank gives to a checkpoint.
+
+    Attributes:
+        state: This rank's slices of models and optimizers. Its objects are merged over the ranks.
+        rng: This rank's random states, from `distrib.checkpoint.rng.capture`.
+        loaders: Positions of the loaders; like all that follows, rank 0's is stored.
+        schedulers: State dicts of the schedulers.
+        scaler: State dict of the loss scaler, if there is one.
+        custom: State dicts of the user's own objects.
+        counters: Numbers such as step and epoch.
+        config: The run's configuration, JSON-like.
+        info: Strategy and the like, for people.
+    """
+
+    state: ShardedState
+    rng: Any = None
+    loaders: Sequence[LoaderPosition] = ()
+    schedulers: Sequence[Mapping[str, Any]] = ()
+    scaler: Mapping[str, Any] | None = None
+    custom: Sequence[Any] | Mapping[str, Any] = ()
+    counters: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Announcement:
+    """What a rank tells the others before anything is written; equal ones travel once."""
+
+    held: tuple[Held, ...]
+    aliases: tuple[tuple[str, str], ...]
+    objects: bytes
+
+
+@dataclass(frozen=True)
+class _Shelf:
+    """What a rank has ready to write; `extras` are rank 0's values for the manifest."""
+
+    slices: Mapping[tuple[str, Where], Slice]
+    documents: Mapping[str, bytes]
+    announcement: _Announcement
+    extras: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    """What all ranks know before anything is written."""
+
+    plan: WritePlan
+    aliases: Mapping[str, str]
+    objects: bytes
+
+
+@dataclass(frozen=True)
+class _Receipt:
+    """What a rank has written."""
+
+    files: Mapping[str, FileRecord]
+    slices: Sequence[tuple[Held, StoredSlice]]
+
+
+def save(
+    directory: str | Path,
+    contents: Contents,
+    collectives: Collectives,
+    *,
+    durable: bool = True,
+    storage: Storage | None = None,
+) -> Path:
+    """Write the checkpoint `directory`, or leave what is there as it was. Collective.
+
+    Args:
+        directory: On a file system that all ranks see. An older checkpoint there is replaced in one step.
+        contents: This rank's part.
+        collectives: The ranks that save together; their number is the stored world size.
+        durable: Wait until all bytes are on the medium before the checkpoint becomes visible. Without it a crash
+            of the machine, not of the job, may lose or damage it; damage is found at load.
+        storage: The file operations; tests make them fail.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        CheckpointError: on every rank, if a value cannot be stored, the ranks' slices do not make up whole
+            tensors, something else is in the way, or any rank cannot write.
+    """
+    target, rank, files = Path(directory).absolute(), collectives.rank, storage or Storage()
+    shelf = together(collectives, "preparing the checkpoint", lambda: _prepare(contents, rank))
+    shares, said = _exchange(shelf.announcement, collectives)
+    agreed = together(collectives, "planning the checkpoint", lambda: _agree(shares, said))
+    claims: list[Claim] = []  # rank 0's one
+
+    def begin() -> Path:
+        claims.append(Claim.take(target, files, durable=durable))
+        _make_room(claims[0], agreed.plan)
+        return claims[0].temp
+
+    def write() -> _Receipt:
+        documents = {**shelf.documents, OBJECTS: agreed.objects} if rank == 0 else shelf.documents
+        return _ShareWriter(files, temp, rank, durable=durable).write(
+            agreed.plan.owned[rank], shelf.slices, documents
+        )
+
+    try:
+        temp = on_main(collectives, "starting the checkpoint", begin)
+        receipts = collect(collectives, "writing the checkpoint", write)
+        on_main(
+            collectives,
+            "completing the checkpoint",
+            lambda: _complete(claims[0], _manifest(shelf, agreed, receipts)),
+        )
+    finally:
+        for claim in claims:
+            claim.release()
+    return target
+
+
+def _prepare(contents: Contents, rank: int) -> _Shelf:
+    """Turn what this rank gives into slices and documents; nothing is written and nobody is asked."""
+    slices = {
+        (s.name, canonical(s.where, s.global_shape)): s
+        for parts in contents.state.tensors.values()
+        for s in parts
+    }
+    _check_names(name for name, _ in slices)
+    documents = {f"rng/rank-{rank:05d}.json": _json(encode(contents.rng, "rng"))}
+    extras: dict[str, Mapping[str, Any]] = {}
+    if rank == 0:
+        documents |= _common_documents(contents, slices)
+        extras = {
+            "counters": encode(dict(contents.counters), "counters"),
+            "config": encode(dict(contents.config), "config"),
+            "info": encode(dict(contents.info), "info"),
+        }
+    held = tuple(
+        Held(s.name, s.global_shape, code_of(s.name, s.dtype), where) for (_, where), s in slices.items()
+    )
+    objects = _json(encode(dict(contents.state.objects), "objects"))
+    return _Shelf(
+        slices, documents, _Announcement(held, tuple(contents.state.aliases.items()), objects), extras
+    )
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        check_group(name)
+        if group_of(name) in _RESERVED:
+            raise CheckpointError(
+                "D0716",
+                f"tensor {name!r} lies in the group {group_of(name)!r}, which distrib uses itself",
+                fix="this is a fault of the strategy's sharded_state; report it",
+            )
+
+
+def _common_documents(contents: Contents, slices: dict[tuple[str, Where], Slice]) -> dict[str, bytes]:
+    """Return rank 0's documents; large tensors in the user's objects are added to `slices`."""
+
+    def spill(path: str, tensor: torch.Tensor) -> str:
+        name = f"{CUSTOM}/{path}"
+        slices[name, whole_box(tuple(tensor.shape))] = whole(name, tensor)
+        return name
+
+    custom = dict(contents.custom) if isinstance(contents.custom, Mapping) else list(contents.custom)
+    documents = {
+        LOADERS: _json([dataclasses.asdict(position) for position in contents.loaders]),
+        SCHEDULERS: _json([encode(dict(x), f"scheduler {i}") for i, x in enumerate(contents.schedulers)]),
+        CUSTOM_OBJECTS: _json(encode(custom, "custom", spill)),
+    }
+    if contents.scaler is not None:
+        documents[SCALER] = _json(encode(dict(contents.scaler), "scaler"))
+    return documents
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def _exchange(mine: _Announcement, collectives: Collectives) -> tuple[list[Share], list[_Announcement]]:
+    """Return what each group of ranks holds, and the distinct announcements.
+
+    Ranks whose announcements are equal, as under DDP, send them once: first everyone's digest travels, then what
+    the lowest rank with each digest has to say.
+    """
+    digest = checksum(repr(mine).encode())
+    digests = collectives.gather_object(digest)
+    announced = collectives.gather_object(mine if digests.index(digest) == collectives.rank else None)
+    groups: dict[str, list[int]] = {}
+    for rank, found in enumerate(digests):
+        groups.setdefault(found, []).append(rank)
+    said = [announced[ranks[0]] for ranks in groups.values()]
+    return [Share(tuple(ranks), x.held) for ranks, x in zip(groups.values(), said, strict=True)], said
+
+
+def _agree(shares: Sequence[Share], said: Sequence[_Announcement]) -> _Agreed:
+    plan = plan_writes(shares, ITEMSIZE)
+    aliases = _merge([dict(x.aliases) for x in said], "the aliases")
+    objects = _merge([json.loads(x.objects) for x in said], "the objects")
+    stored = {item.name for owned in plan.owned for item in owned}
+    for name, target in aliases.items():
+        if target not in stored or name in stored:
+            raise CheckpointError(
+                "D0710",
+                f"alias {name!r} -> {target!r} leads to no stored tensor, or hides one",
+                fix="this is a fault of the strategy's sharded_state; report it",
+            )
+    return _Agreed(plan, aliases, _json(objects))
+
+
+def _merge(values: Sequence[dict[str, Any]], path: str) -> dict[str, Any]:
+    """Unite what ranks say about one thing: dicts key by key, all else must be equal."""
+    merged: dict[str, Any] = {}
+    for key in dict.fromkeys(key for value in values for key in value):
+        found = [value[key] for value in values if key in value]
+        below = f"{path}[{key!r}]"
+        if all(isinstance(x, dict) and "$" not in x for x in found):
+            merged[key] = _merge(found, below)
+            continue
+        other = next((x for x in found if x != found[0]), None)
+        if other is not None:
+            raise CheckpointError(
+                "D0718",
+                f"ranks disagree on {below}: {found[0]!r:.80} and {other!r:.80}",
+                fix="keep optimizers and schedulers equal on all ranks",
+            )
+        merged[key] = found[0]
+    return merged
+
+
+def _make_room(claim: Claim, plan: WritePlan) -> None:
+    """Make the folders, and refuse to begin what cannot fit on the disk."""
+    items = [item for owned in plan.owned for item in owned]
+    for folder in sorted({group_of(item.name) for item in items} | set(_RESERVED)):
+        claim.storage.make_dir(claim.temp / folder)
+    data = sum(size_of(item.where) * ITEMSIZE[item.dtype] for item in items)
+    needed, free = data + _SMALL_FILES_BYTES, claim.storage.free_bytes(claim.temp)
+    if needed > free:
+        raise CheckpointError(
+            "D0713",
+            f"the checkpoint needs {needed / 2**20:,.1f} MiB, but only {free / 2**20:,.1f} MiB are free",
+            where=str(claim.target.parent),
+            fix="make room there, keep fewer checkpoints, or save to another file system",
+        )
+
+
+class _ShareWriter:
+    """Writes one rank's files below `temp`; no two ranks share a file, so each is written and synced by one."""
+
+    def __init__(self, storage: Storage, temp: Path, rank: int, *, durable: bool) -> None:
+        self.storage, self.temp, self.rank, self.durable = storage, temp, rank, durable
+        self.files: dict[str, FileRecord] = {}
+        self.stored: list[tuple[Held, StoredSlice]] = []
+
+    def write(
+        self,
+        owned: Sequence[Held],
+        slices: Mapping[tuple[str, Where], Slice],
+        documents: Mapping[str, bytes],
+    ) -> _Receipt:
+        """Write one safetensors file per group of tensors, and the documents."""
+        self._check_visible()
+        for group in sorted({group_of(item.name) for item in owned}):
+            self._write_group(group, [item for item in owned if group_of(item.name) == group], slices)
+        for name, data in documents.items():
+            self.files[name] = write_bytes(self.storage, self.temp / name, data, durable=self.durable)
+        return _Receipt(self.files, self.stored)
+
+    def _check_visible(self) -> None:
+        if not self.temp.is_dir():
+            raise CheckpointError(
+                "D0717",
+                f"host {platform.node()} does not see the directory that rank 0 made",
+                where=str(self.temp),
+                fix="save to a file system that all nodes share",
+            )
+
+    def _write_group(self, group: str, items: list[Held], slices: Mapping[tuple[str, Where], Slice]) -> None:
+        keyed = sorted(
+            ((stored_key(item.name, item.shape, item.where), item) for item in items),
+            key=lambda pair: in_file_order(pair[1].dtype, pair[0]),
+        )
+        entries = [Entry(key, _stored_shape(x), x.dtype, slices[x.name, x.where].get) for key, x in keyed]
+        file = f"{group}/rank-{self.rank:05d}.safetensors"
+        written = write_tensors(
+            self.storage, self.temp / file, entries, durable=self.durable, metadata={"format": "pt"}
+        )
+        self.files[file] = written.record
+        for (_, item), (offset, xxh3) in zip(keyed, written.parts, strict=True):
+            self.stored.append((item, StoredSlice(item.where, file, offset, xxh3)))
+
+
+def _stored_shape(item: Held) -> Shape:
+    return (size_of(item.where),) if isinstance(item.where, Interval) else item.where.size
+
+
+def _manifest(shelf: _Shelf, agreed: _Agreed, receipts: Sequence[_Receipt]) -> Manifest:
+    tensors: dict[str, tuple[TensorSpec, list[StoredSlice]]] = {}
+    for item, stored in (pair for receipt in receipts for pair in receipt.slices):
+        spec = TensorSpec(item.shape, DTYPES[item.dtype])
+        tensors.setdefault(item.name, (spec, []))[1].append(stored)
+    versions = {
+        "distrib": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    return Manifest(
+        world_size=len(receipts),
+        files={name: record for receipt in receipts for name, record in receipt.files.items()},
+        tensors={name: StoredTensor(spec, tuple(slices)) for name, (spec, slices) in tensors.items()},
+        aliases=agreed.aliases,
+        counters=shelf.extras["counters"],
+        config=shelf.extras["config"],
+        info={**versions, **shelf.extras["info"]},
+    )
+
+
+def _complete(claim: Claim, manifest: Manifest) -> None:
+    """Write the manifest, make the directories durable and show the checkpoint."""
+    write_bytes(claim.storage, claim.temp / MANIFEST, dump(manifest), durable=claim.durable)
+    for folder in sorted({Path(name).parent for name in manifest.files} | {Path()}):
+        claim.sync_dir(claim.temp / folder)
+    claim.commit()
