@@ -45,14 +45,19 @@ class Names:
 
 
 _MAX_SEED = 2**63 - 1  # what a signed 64-bit integer, torch's generator and JSON readers all hold
+_MAX_SECONDS = 1e9  # 31 years, which every timer can hold
 
 Count = Annotated[int, Field(ge=1), Expected("a whole number of at least 1")]
 CountFromZero = Annotated[int, Field(ge=0), Expected("a whole number of at least 0")]
 AxisSize = Count | Literal[-1]
 Seed = Annotated[int, Field(ge=0, le=_MAX_SEED), Expected(f"a whole number from 0 to {_MAX_SEED}")]
 Port = Annotated[int, Field(ge=0, le=65535), Expected("a port from 0 (any free one) to 65535")]
-Seconds = Annotated[float, Field(gt=0), Expected("a number of seconds above 0")]
-SecondsFromZero = Annotated[float, Field(ge=0), Expected("a number of seconds of at least 0")]
+Seconds = Annotated[
+    float, Field(gt=0, le=_MAX_SECONDS), Expected("a number of seconds above 0 and up to 1e9")
+]
+SecondsFromZero = Annotated[
+    float, Field(ge=0, le=_MAX_SECONDS), Expected("a number of seconds from 0 to 1e9")
+]
 PathText = Annotated[str, Field(min_length=1), Expected("a path")]
 NodeRange = Annotated[
     str, Field(pattern=r"^[1-9][0-9]*:[1-9][0-9]*$"), Expected("a range FEWEST:MOST such as '2:4'")
