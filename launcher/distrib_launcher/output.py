@@ -152,6 +152,11 @@ class Pump(threading.Thread):
         self._show([*self._own_lines(), *self._closing()])
         os.close(self._ended_write)
 
+    def close(self) -> None:
+        """Close the pump's own descriptors, after its end."""
+        for own in (self._wake_read, self._wake_write, self.ended_fd):
+            os.close(own)
+
     def _lines(self, source: Source, chunk: bytes) -> list[tuple[int, bytes]]:
         surface, assembler = self._surfaces[source.target], source.assembler
         lines = assembler.feed(chunk) if chunk else assembler.finish()

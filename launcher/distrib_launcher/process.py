@@ -22,6 +22,7 @@ from distrib_launcher import guard, worker
 from distrib_launcher.output import Pump, Source
 
 _LEFTOVER_GRACE_S = 1.0  # for processes that the ranks left behind, after the ranks themselves have ended
+_CAUSE_WAIT_S = 1.0  # a rank that closes its group while it fails loses its peers before it has told why
 _PR_SET_CHILD_SUBREAPER = 36
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -192,10 +193,19 @@ class Supervisor:
     Args:
         grace_s: Seconds between asking a worker to end and killing it.
         notice: Called with a line to show when the launcher is interrupted.
+        follows: Whether a failed worker, by its `Outcome.event`, only lost a peer. The peer then gets a moment to
+            tell its own failure before it is stopped.
     """
 
-    def __init__(self, *, grace_s: float, notice: Callable[[str], None] | None = None) -> None:
-        self._grace_s, self._notice = grace_s, notice
+    def __init__(
+        self,
+        *,
+        grace_s: float,
+        notice: Callable[[str], None] | None = None,
+        follows: Callable[[Mapping[str, Any]], bool] | None = None,
+    ) -> None:
+        self._grace_s, self._notice, self._follows = grace_s, notice, follows
+        self._cause_by: float | None = None
         self._marker = uuid.uuid4().hex
         self._workers: list[_Worker] = []
         self._sessions: dict[int, int] = {}
@@ -246,7 +256,8 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Wait for one thing to happen, and act on it."""
-        timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        next_due = min((due for due in (self._deadline, self._cause_by) if due is not None), default=None)
+        timeout = None if next_due is None else max(0.0, next_due - time.monotonic())
         for key, _ in self._selector.select(timeout):
             what, one = key.data
             if what == "signal":
@@ -256,7 +267,7 @@ class Supervisor:
             elif what == "record" and not one.read_record():
                 self._selector.unregister(key.fd)
         if self._stop_at is None and any(one.failed for one in self._workers):
-            self._stop(signal.SIGTERM)
+            self._on_failure()
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._kill()
 
@@ -265,6 +276,14 @@ class Supervisor:
         one.ended_at = time.monotonic()
         one.read_record()
         self._selector.unregister(one.exit_fd)
+
+    def _on_failure(self) -> None:
+        """Stop everybody, but not before the rank that the failed ones lost has had a moment to tell why."""
+        if self._cause_by is None:
+            self._cause_by = time.monotonic() + _CAUSE_WAIT_S
+        lost_a_peer = all(self._follows and self._follows(one.event) for one in self._workers if one.failed)
+        if not lost_a_peer or time.monotonic() >= self._cause_by:
+            self._stop(signal.SIGTERM)
 
     def _on_signals(self, numbers: bytes) -> None:
         for number in numbers:
@@ -280,6 +299,7 @@ class Supervisor:
 
     def _stop(self, number: int) -> None:
         """Ask every worker to end, but for those that are ending already, and start the clock."""
+        self._cause_by = None
         if self._stop_at is None:
             self._stop_at = time.monotonic()
             self._deadline = self._stop_at + self._grace_s
@@ -333,7 +353,9 @@ class Supervisor:
         while True:
             for key, _ in self._selector.select():
                 if key.data[0] == "output":
+                    self._selector.unregister(self._pump.ended_fd)
                     self._pump.join()
+                    self._pump.close()
                     return
                 if key.data[0] == "signal" and set(os.read(key.fd, 4096)) & set(map(int, _STOP_SIGNALS)):
                     return

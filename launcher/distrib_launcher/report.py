@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import distrib
 from distrib_launcher.process import Ended, Outcome
@@ -88,9 +89,14 @@ def _signal_of(outcome: Outcome) -> signal.Signals | None:
     return signal.Signals(number) if number in set(signal.Signals) else None
 
 
+def follows(event: Mapping[str, Any]) -> bool:
+    """Whether a program ended, by what it told of its end, only because it lost another rank."""
+    text = "\n".join(event.get("lines", ())).lower()
+    return bool(_FOLLOWING & set(event.get("bases", ()))) or any(part in text for part in _LOST_PEER)
+
+
 def _follows(outcome: Outcome) -> bool:
-    text = "\n".join(outcome.event.get("lines", ())).lower()
-    return bool(_FOLLOWING & set(outcome.event.get("bases", ()))) or any(part in text for part in _LOST_PEER)
+    return follows(outcome.event)
 
 
 def _same(one: Outcome, other: Outcome) -> bool:

@@ -44,6 +44,7 @@ def main() -> None:
     sys.orig_argv = [sys.executable, *(["-m"] if kind == "module" else []), target, *args]
     recorder = Recorder(int(record))
     recorder.watch_signals()
+    recorder.leave_errors_to_the_report()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)  # a pipe would be buffered in blocks, and lost at SIGKILL
@@ -85,6 +86,7 @@ class Recorder:
 
     def __init__(self, record: int) -> None:
         self._record, self._pid, self._signal = record, os.getpid(), 0
+        self._told = False
 
     def watch_signals(self) -> None:
         """Let SIGTERM end the program through `atexit`; a handler of the user's own replaces this one."""
@@ -93,6 +95,14 @@ class Recorder:
         os.register_at_fork(after_in_child=self._forget_signals)
         if not faulthandler.is_enabled():
             faulthandler.enable(file=self._record, all_threads=False)
+
+    def leave_errors_to_the_report(self) -> None:
+        """Print no traceback that the launcher will show; torch.distributed's hook wraps this one, and stays silent."""
+        sys.excepthook = self._show
+
+    def _show(self, kind: type[BaseException], error: BaseException, found: TracebackType | None) -> None:
+        if not self._told or os.getpid() != self._pid:
+            sys.__excepthook__(kind, error, found)
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
@@ -126,8 +136,8 @@ class Recorder:
             return self._exited(error.code)
         user_traceback = without_own_frames(error.__traceback__)
         code = self._say({"kind": "exception", **describe(error, user_traceback)})
-        if sys.excepthook is not sys.__excepthook__:
-            sys.excepthook(type(error), error, user_traceback)
+        self._told = True
+        sys.excepthook(type(error), error, user_traceback)  # the program may have set its own
         return code
 
     def _exited(self, status: object) -> int:

@@ -21,7 +21,7 @@ def run(plan: LaunchPlan, env: Mapping[str, str]) -> int:
     Returns:
         The exit code.
     """
-    ended = Supervisor(grace_s=plan.grace_s, notice=_print).run(plan.workers(env))
+    ended = Supervisor(grace_s=plan.grace_s, notice=_print, follows=report.follows).run(plan.workers(env))
     text = report.render(ended, socket.gethostname())
     if text:
         _print(text)
