@@ -56,13 +56,13 @@ def export_model(
     collectives: Collectives,
     *,
     prefix: str = "model/",
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = "10GB",
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     include: Sequence[str] | None = None,
     durable: bool = True,
     storage: Storage | None = None,
-) -> list[Path]:
+) -> Path:
     """Write a model as Hugging Face libraries read it. Collective.
 
     Rank 0 writes; it holds one tensor at a time. Tied tensors are stored once, under the name that `state.aliases`
@@ -83,7 +83,7 @@ def export_model(
         storage: The file operations; tests make them fail.
 
     Returns:
-        The files, the index last.
+        The absolute path of the directory.
 
     Raises:
         CheckpointError: on every rank, if the slices do not make up whole tensors or rank 0 cannot write.
@@ -114,7 +114,7 @@ def export_model(
     finally:
         if collectives.rank == 0:
             _discard(files, [target / temp for temp in pending.values()])
-    return [target / name for name in (*pending, *((INDEX,) if len(shards) > 1 else ()))]
+    return target
 
 
 class _ShardWriter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -99,6 +100,12 @@ class Reader:
         """State dicts of the user's own objects, as a list or dict like the one that was saved."""
         return decode(self._json(CUSTOM_OBJECTS), self._where(CUSTOM_OBJECTS), self._fetch)
 
+    @property
+    def info(self) -> dict[str, Any]:
+        """Versions, strategy and whatever else `Contents.info` had."""
+        found: dict[str, Any] = decode(self.manifest.info, self._where(MANIFEST))
+        return found
+
     def rng(self, rank: int) -> dict[str, Any]:
         """Return the random states that rank `rank` of the writing run had, for `distrib.checkpoint.rng.restore`.
 
@@ -122,7 +129,8 @@ class Reader:
 
         Args:
             state: This rank's slices, as `fill` will get them.
-            strict: Whether a missing or unexpected tensor is an error; a wrong shape or dtype always is.
+            strict: Whether a missing or unexpected tensor is an error. A wrong shape always is, and so is a dtype
+                that only loses its meaning when converted: complex to real, floating-point to integer.
             ignore: Shell patterns of names, such as "model/head.*", that are left alone altogether.
 
         Returns:
@@ -140,19 +148,20 @@ class Reader:
         wanted = {
             name: spec for specs, _ in everyone for name, spec in specs.items() if not _ignored(name, ignore)
         }
-        aliases = {name for _, names in everyone for name in names}
+        aliases = {name: target for _, names in everyone for name, target in names.items()}
         together(
             self._collectives,
             "comparing the state",
             lambda: self._compare(wanted, aliases, ignore, strict=strict),
         )
-        return frozenset(name for name in mine if name in wanted and self._source(name))
+        return frozenset(name for name in mine if name in wanted and self._source(name, aliases))
 
     def fill(self, state: ShardedState, *, only: Collection[str] | None = None) -> None:
         """Read the stored values into the tensors of `state`, whatever layout wrote them. Collective.
 
-        Only the byte ranges that this rank's slices need are read, straight into contiguous host memory. Sizes are
-        checked first. A read error in the middle leaves the state partly overwritten, and the message says so.
+        Only the byte ranges that this rank's slices need are read, straight into contiguous host memory; values of
+        another dtype are read beside it and converted, one slice at a time. Sizes are checked first. A read error
+        in the middle leaves the state partly overwritten, and the message says so.
 
         Args:
             state: Slices to fill; their tensors are changed in place and committed.
@@ -162,7 +171,7 @@ class Reader:
             CheckpointError: on every rank, if a tensor is missing, does not fit or cannot be read on any.
         """
         parts = [s for name, found in state.tensors.items() if only is None or name in only for s in found]
-        jobs = together(self._collectives, "planning the load", lambda: self._plan(parts))
+        jobs = together(self._collectives, "planning the load", lambda: self._plan(parts, state.aliases))
         together(self._collectives, "reading the checkpoint", lambda: self._read(jobs))
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -172,13 +181,13 @@ class Reader:
     def _compare(
         self,
         wanted: Mapping[str, TensorSpec],
-        aliases: Collection[str],
+        aliases: Mapping[str, str],
         ignore: Collection[str],
         *,
         strict: bool,
     ) -> None:
         stored = self.specs()
-        sources = {name: self._source(name) for name in wanted}
+        sources = {name: self._source(name, aliases) for name in wanted}
         problems = [
             _mismatch(name, wanted[name], stored[source]) for name, source in sources.items() if source
         ]
@@ -192,28 +201,27 @@ class Reader:
             ]
         _raise_misfits([x for x in problems if x], str(self.path))
 
-    def _source(self, name: str) -> str:
-        """Return the name under which a tensor is stored, or ""."""
-        name = self.manifest.aliases.get(name, name)
-        return name if name in self.manifest.tensors else ""
+    def _source(self, name: str, aliases: Mapping[str, str]) -> str:
+        """Return the name under which a tensor, or one that is tied to it here, is stored; or ""."""
+        tied = (alias for alias, target in aliases.items() if target == name)
+        found = (self.manifest.aliases.get(x, x) for x in (name, *tied))
+        return next((x for x in found if x in self.manifest.tensors), "")
 
-    def _plan(self, parts: Iterable[Slice]) -> list[_Job]:
+    def _plan(self, parts: Iterable[Slice], aliases: Mapping[str, str]) -> list[_Job]:
         """Pair slices with what is stored; raise if one has no match or a file that is needed is not whole."""
         jobs, problems = [], []
         for part in parts:
-            spec, stored = TensorSpec(tuple(part.global_shape), part.dtype), self._stored(part.name)
+            spec = TensorSpec(tuple(part.global_shape), part.dtype)
+            stored = self.manifest.tensors.get(self._source(part.name, aliases))
             if stored is None:
                 problems.append(_missing(part.name, spec, self.specs()))
                 continue
             problems.append(_mismatch(part.name, spec, stored.spec))
-            jobs.append(_Job(part, stored.slices))
+            jobs.append(_Job(part, stored))
         _raise_misfits([x for x in problems if x], str(self.path))
-        for name in sorted({s.file for job in jobs for s in job.stored}):
+        for name in sorted({s.file for job in jobs for s in job.stored.slices}):
             self._directory.check_size(name, self.manifest.files[name])
         return jobs
-
-    def _stored(self, name: str) -> StoredTensor | None:
-        return self.manifest.tensors.get(self._source(name))
 
     @torch.no_grad()
     def _read(self, jobs: Iterable[_Job]) -> None:
@@ -230,9 +238,14 @@ class Reader:
                 ) from error
             part.commit(tensor)
 
-    def _read_slice(self, part: Slice, stored: Iterable[StoredSlice], tensor: torch.Tensor) -> None:
+    def _read_slice(self, part: Slice, stored: StoredTensor, tensor: torch.Tensor) -> None:
         views = _piece_views(part, tensor)
-        for source in stored:
+        if stored.spec.dtype is not part.dtype:
+            values = torch.empty(tensor.shape, dtype=stored.spec.dtype)
+            self._read_slice(dataclasses.replace(part, dtype=stored.spec.dtype), stored, values)
+            tensor.copy_(values)
+            return
+        for source in stored.slices:
             found = list(overlaps(source.where, part.where, part.global_shape))
             if found:
                 self._read_overlaps(source, found, views)
@@ -253,7 +266,7 @@ class Reader:
     def _fetch(self, name: str) -> torch.Tensor:
         stored = self.manifest.tensors[name]
         tensor = torch.empty(stored.spec.shape, dtype=stored.spec.dtype)
-        self._read_slice(whole(name, tensor), stored.slices, tensor)
+        self._read_slice(whole(name, tensor), stored, tensor)
         return tensor
 
     def _json(self, name: str) -> Any:
@@ -281,7 +294,7 @@ class Reader:
 
 class _Job(NamedTuple):
     part: Slice
-    stored: tuple[StoredSlice, ...]
+    stored: StoredTensor
 
 
 def inspect(directory: str | Path) -> Manifest:
@@ -297,16 +310,16 @@ def inspect(directory: str | Path) -> Manifest:
         opened.close()
 
 
-def verify(directory: str | Path) -> list[CheckpointError]:
-    """Read every byte of a checkpoint and return all that is wrong with it; empty if it is whole.
+def verify(directory: str | Path) -> None:
+    """Read every byte of a checkpoint and compare it with its checksum.
 
     Raises:
-        CheckpointError: if its manifest cannot be used, so that nothing else can be judged.
+        CheckpointError: naming each file and tensor that is missing or damaged.
     """
     opened = _open(Path(directory).absolute())
     try:
         manifest = _load_manifest(opened)
-        return _size_problems(opened, manifest, 0, 1) or _byte_problems(opened, manifest, 0, 1)
+        _raise_damage(_size_problems(opened, manifest, 0, 1) or _byte_problems(opened, manifest, 0, 1))
     finally:
         opened.close()
 
@@ -403,6 +416,10 @@ def _check(directory: Directory, manifest: Manifest, collectives: Collectives, *
     problems = _size_problems(directory, manifest, *mine)
     if verify and not problems:
         problems = _byte_problems(directory, manifest, *mine)
+    _raise_damage(problems)
+
+
+def _raise_damage(problems: Sequence[CheckpointError]) -> None:
     if problems:
         first, rest = problems[0], problems[1:_MOST_LISTED]
         more = "".join(f"\n  {x.where}: {x.problem}" for x in rest)
@@ -466,11 +483,9 @@ def _missing(name: str, spec: TensorSpec, stored: Iterable[str]) -> str:
 
 
 def _mismatch(name: str, wanted: TensorSpec, stored: TensorSpec) -> str:
-    return (
-        ""
-        if wanted == stored
-        else f"mismatch: {name!r} is stored as {_text(stored)}, but is {_text(wanted)} here"
-    )
+    if wanted.shape == stored.shape and torch.can_cast(stored.dtype, wanted.dtype):
+        return ""
+    return f"mismatch: {name!r} is stored as {_text(stored)}, but is {_text(wanted)} here"
 
 
 def _text(spec: TensorSpec) -> str:
