@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import distrib
+from distrib_launcher.oom import OomKills
 from distrib_launcher.process import Ended, Outcome
 
 MAX_LINES = 25
@@ -32,8 +33,6 @@ _LOST_PEER = (  # what the messages of gloo and NCCL have in common then
     "ncclremoteerror",
 )
 _CAUSES = {
-    signal.SIGKILL: "often the kernel's out-of-memory killer: `dmesg` names the process; fewer data-loader workers "
-    "or a smaller batch need less memory",
     signal.SIGSEGV: "a crash in native code: a library built for another torch or driver, or a bad pointer in an "
     "extension",
     signal.SIGBUS: "often shared memory is full: enlarge /dev/shm or use fewer data-loader workers",
@@ -63,8 +62,14 @@ def root_cause(outcomes: Iterable[Outcome]) -> Outcome | None:
     return min(failed, key=lambda each: (each.stopped, _follows(each), each.at, each.rank), default=None)
 
 
-def render(ended: Ended, hostname: str) -> str:
-    """Return the report: at most `MAX_LINES` lines, the root cause once; empty if all went well."""
+def render(ended: Ended, hostname: str, oom_kills: OomKills | None = None) -> str:
+    """Return the report: at most `MAX_LINES` lines, the root cause once; empty if all went well.
+
+    Args:
+        ended: How the ranks ended.
+        hostname: This machine's name.
+        oom_kills: What the kernel counted during the run.
+    """
     root = root_cause(ended.outcomes)
     if ended.interrupted and (root is None or root.stopped):
         return _interrupted(ended)
@@ -73,7 +78,12 @@ def render(ended: Ended, hostname: str) -> str:
     alike = [each for each in ended.outcomes if each is not root and _same(each, root)]
     others = [each for each in ended.outcomes if each is not root and each not in alike]
     head = [_headline(root, alike, hostname)]
-    tail = [*_others(others), *_finished_early(root, others), *_hint(root), f"exit code {exit_code(ended)}"]
+    tail = [
+        *_others(others),
+        *_finished_early(root, others),
+        *_hint(root, oom_kills or OomKills()),
+        f"exit code {exit_code(ended)}",
+    ]
     room = MAX_LINES - len(head) - len(tail)
     return "\n".join(_cut(line) for line in [*head, *_evidence(root, room), *tail])
 
@@ -195,8 +205,10 @@ def _finished_early(root: Outcome, others: Sequence[Outcome]) -> list[str]:
     return [f"  hint: {_ranks(gone)} had ended before that: do all ranks make the same number of steps?"]
 
 
-def _hint(root: Outcome) -> list[str]:
+def _hint(root: Outcome, oom_kills: OomKills) -> list[str]:
     number = _signal_of(root)
+    if number == signal.SIGKILL:
+        return [f"  likely cause: {oom_kills.explain_sigkill()}"]
     return [f"  likely cause: {_CAUSES[number]}"] if number in _CAUSES else []
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 
 from distrib_launcher import report
+from distrib_launcher.oom import count_oom_kills
 from distrib_launcher.plan import LaunchPlan
 from distrib_launcher.process import Supervisor
 
@@ -21,8 +22,9 @@ def run(plan: LaunchPlan, env: Mapping[str, str]) -> int:
     Returns:
         The exit code.
     """
+    before = count_oom_kills()
     ended = Supervisor(grace_s=plan.grace_s, notice=_print, follows=report.follows).run(plan.workers(env))
-    text = report.render(ended, socket.gethostname())
+    text = report.render(ended, socket.gethostname(), count_oom_kills().since(before))
     if text:
         _print(text)
     return report.exit_code(ended)
