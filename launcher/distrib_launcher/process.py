@@ -100,6 +100,7 @@ class _Worker:
             str(os.getpid()),
         ]
         self.rank, self.text, self.event, self.ended_at = spec.rank, "", dict[str, Any](), 0.0
+        self._sent: set[int] = set()
         with _held_back(worker.HELD_SIGNALS):
             self.process = subprocess.Popen(
                 [*command, spec.kind, *spec.program],
@@ -135,6 +136,7 @@ class _Worker:
 
     def send(self, number: int) -> None:
         if self.process.returncode is None:
+            self._sent.add(number)
             self.process.send_signal(number)
 
     def outcome(self, stop_at: float | None) -> Outcome:
@@ -144,10 +146,14 @@ class _Worker:
             pid=self.process.pid,
             returncode=self.process.returncode,
             at=at,
-            stopped=stop_at is not None and at >= stop_at,
+            stopped=stop_at is not None and at >= stop_at and not self._died_of_another_signal(),
             event=self.event,
             crash=self.text.strip(),
         )
+
+    def _died_of_another_signal(self) -> bool:
+        """Whether a signal ended it that we did not send: it may have been dying when we began to stop it."""
+        return self.process.returncode < 0 and -self.process.returncode not in self._sent
 
     def release(self) -> None:
         os.close(self.exit_fd)

@@ -86,13 +86,16 @@ class Recorder:
 
     def __init__(self, record: int) -> None:
         self._record, self._pid, self._signal = record, os.getpid(), 0
+        self._masks: dict[int, set[signal.Signals | int]] = {}  # of threads that are forking
         self._told = False
 
     def watch_signals(self) -> None:
         """Let SIGTERM end the program through `atexit`; a handler of the user's own replaces this one."""
         signal.signal(signal.SIGTERM, self._terminate)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
-        os.register_at_fork(after_in_child=self._forget_signals)
+        os.register_at_fork(
+            before=self._hold, after_in_parent=self._let_go, after_in_child=self._forget_signals
+        )
         if not faulthandler.is_enabled():
             faulthandler.enable(file=self._record, all_threads=False)
 
@@ -108,9 +111,18 @@ class Recorder:
         self._signal = number
         raise SystemExit(128 + number)
 
+    def _hold(self) -> None:
+        """Keep a SIGTERM back while this thread forks: the child must get it after it has forgotten our handler."""
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        self._masks[threading.get_ident()] = held
+
+    def _let_go(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop(threading.get_ident()))
+
     def _forget_signals(self) -> None:
         if signal.getsignal(signal.SIGTERM) == self._terminate:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._let_go()
 
     def run(self, kind: str, target: str) -> None:
         """Run the program; never returns normally unless it did."""
@@ -207,7 +219,7 @@ def run_script(script: str) -> None:
         _run_spec(spec)
         return
     _replace_path_entry(os.path.dirname(os.path.realpath(script)))  # noqa: PTH120 (a plain string, as Python's own)
-    path = os.path.abspath(script)  # noqa: PTH100 (pathlib would resolve nothing less, but drops "..")
+    path = os.path.join(os.getcwd(), script)  # noqa: PTH109, PTH118 (Python keeps "./" and ".." here, pathlib drops it)
     with io.open_code(path) as file:
         code = compile(file.read(), path, "exec", dont_inherit=True)
     loader = importlib.machinery.SourceFileLoader("__main__", path)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import itertools
+import os
+
+from distrib_launcher.output import Assembler, Pump, Source, Surface
+from hypothesis import given
+from hypothesis import strategies as st
+
+LINE = st.binary(max_size=20).map(lambda raw: raw.replace(b"\n", b"").replace(b"\r", b""))
+
+
+def chunks(data: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
+    return [data[a:b] for a, b in itertools.pairwise(places)]
+
+
+@given(lines=st.lists(LINE, max_size=8), cuts=st.lists(st.integers(0, 200), max_size=8), end=st.booleans())
+def test_lines_come_out_whole_however_the_stream_is_cut(
+    lines: list[bytes], cuts: list[int], end: bool
+) -> None:
+    data = b"\n".join(lines) + (b"\n" if end else b"")
+    assembler = Assembler()
+
+    seen = [line for chunk in chunks(data, cuts) for line in assembler.feed(chunk)] + assembler.finish()
+
+    assert b"\n".join(seen).rstrip(b"\n") == data.rstrip(b"\n")
+
+
+@given(data=st.binary(max_size=80), cuts=st.lists(st.integers(0, 80), max_size=8))
+def test_the_cuts_never_change_what_is_shown(data: bytes, cuts: list[int]) -> None:
+    whole, cut = Assembler(), Assembler()
+
+    expected = whole.feed(data) + whole.finish()
+
+    assert [line for chunk in chunks(data, cuts) for line in cut.feed(chunk)] + cut.finish() == expected
+
+
+def test_of_an_overwritten_line_the_last_state_is_kept() -> None:
+    assembler = Assembler()
+    assembler.feed(b"\r 10%")
+    assembler.feed(b"\r 20%")
+
+    assert assembler.progress == b" 20%"
+    assert assembler.feed(b"\rdone\n") == [b"done"]
+    assert assembler.progress == b""
+
+
+def test_a_windows_line_end_is_one_line_end() -> None:
+    assembler = Assembler()
+
+    assert assembler.feed(b"one\r") + assembler.feed(b"\ntwo\r\n") == [b"one", b"two"]
+
+
+def test_memory_does_not_grow_with_progress() -> None:
+    assembler = Assembler()
+    for step in range(1000):
+        assembler.feed(b"\r%5d" % step)
+
+    assert len(assembler.tail) < 20
+
+
+def test_a_terminal_shows_another_ranks_line_above_the_progress_line() -> None:
+    surface = Surface(terminal=True)
+    shown = surface.progress("a", b"10%") + surface.line("b", b"hello") + surface.progress("a", b"20%")
+
+    assert shown == b"10%\r\x1b[Khello\n10%\r\x1b[K20%"
+
+
+def test_a_file_never_joins_two_ranks_in_one_line() -> None:
+    surface = Surface(terminal=False)
+    shown = surface.progress("a", b"10%") + surface.line("b", b"hello") + surface.progress("a", b"20%")
+
+    assert shown == b"10%\nhello\n20%"
+
+
+def test_a_finished_progress_line_replaces_itself() -> None:
+    surface = Surface(terminal=False)
+
+    assert surface.progress("a", b"10%") + surface.line("a", b"done") == b"10%\rdone\n"
+
+
+def test_unchanged_progress_is_not_shown_again() -> None:
+    surface = Surface(terminal=True)
+    surface.progress("a", b"10%")
+
+    assert surface.progress("a", b"10%") == b""
+
+
+def pumped(*streams: tuple[bytes, bytes]) -> bytes:
+    """Send (prefix, data) of each stream through a pump; return what it wrote."""
+    target_read, target_write = os.pipe()
+    sources = []
+    for index, (prefix, data) in enumerate(streams):
+        read, write = os.pipe()
+        os.write(write, data)
+        os.close(write)
+        sources.append(Source(read, target_write, prefix, shows_progress=index == 0))
+    pump = Pump(sources)
+    pump.run()
+    pump.close()
+    os.close(target_write)
+    with os.fdopen(target_read, "rb") as file:
+        return file.read()
+
+
+def test_every_line_carries_its_rank_and_none_is_lost() -> None:
+    shown = pumped((b"[rank 0] ", b"a\nb"), (b"[rank 1] ", b"c\n\nd\n"))
+
+    assert sorted(shown.splitlines()) == [
+        b"[rank 0] a",
+        b"[rank 0] b",
+        b"[rank 1] ",
+        b"[rank 1] c",
+        b"[rank 1] d",
+    ]
+
+
+def test_a_progress_line_that_is_never_ended_still_ends_the_output_with_a_line_end() -> None:
+    assert pumped((b"[rank 0] ", b"\r10%\r20%")).endswith(b"[rank 0] 20%\n")
+
+
+def test_progress_of_other_ranks_is_folded_to_its_last_state() -> None:
+    assert pumped((b"[rank 0] ", b""), (b"[rank 1] ", b"\r10%\r20%\n")) == b"[rank 1] 20%\n"
