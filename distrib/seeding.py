@@ -37,12 +37,18 @@ def set_seed(seed: int, *, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def part_noise_streams(rank: int, seed: int) -> None:
-    """Give this rank's torch generators a stream of their own, once; rank 0 goes on with the one it has."""
+def part_noise_streams(rank: int, seed: int | None) -> None:
+    """Give this rank's torch generators a stream of their own, once; rank 0 goes on with the one it has.
+
+    Args:
+        rank: This rank; from now on `set_seed` seeds its own stream.
+        seed: The run's seed; None if the generators have just been restored and must stay as they are.
+    """
     global _noise_rank  # noqa: PLW0603 (see above)
     if rank != _noise_rank:
         _noise_rank = rank
-        torch.manual_seed(_noise_seed(seed))
+        if seed is not None:
+            torch.manual_seed(_noise_seed(seed))
 
 
 def _noise_seed(seed: int) -> int:

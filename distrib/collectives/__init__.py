@@ -15,9 +15,21 @@ __all__ = ["Collectives", "connect_ranks"]
 
 
 def connect_ranks(
-    topology: Topology, backend: DeviceBackend, device: torch.device, timeout_s: float
+    topology: Topology,
+    backend: DeviceBackend,
+    device: torch.device,
+    timeout_s: float,
+    *,
+    rendezvous_timeout_s: float | None = None,
 ) -> Collectives:
     """Return the collectives of this topology; a world of one has no process group. Collective.
+
+    Args:
+        topology: Who this rank is.
+        backend: The kind of its device.
+        device: Its device.
+        timeout_s: Seconds after which a collective that a peer does not join fails.
+        rendezvous_timeout_s: Seconds to wait for the others at the start; `timeout_s` by default.
 
     Raises:
         TopologyError: if the device has no communication back-end, or the ranks cannot meet.
@@ -30,4 +42,4 @@ def connect_ranks(
             f"device {backend.name} has no communication back-end, but the world size is {topology.world_size}",
             fix="start one process, or use device: cpu",
         )
-    return connect(topology, backend.comm_backend, device, timeout_s)
+    return connect(topology, backend.comm_backend, device, timeout_s, rendezvous_timeout_s or timeout_s)

@@ -35,7 +35,9 @@ _ALIGN = 16  # bytes; the widest dtype (complex128), so that any tensor can be v
 _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
-def connect(topology: Topology, comm_backend: str, device: torch.device, timeout_s: float) -> ProcessGroupCollectives:
+def connect(
+    topology: Topology, comm_backend: str, device: torch.device, timeout_s: float, rendezvous_timeout_s: float
+) -> ProcessGroupCollectives:
     """Join the job's process group, or adopt the one that the script has already made. Collective.
 
     Args:
@@ -43,6 +45,7 @@ def connect(topology: Topology, comm_backend: str, device: torch.device, timeout
         comm_backend: Back-end for tensors on `device`: "gloo", "nccl". CPU tensors always travel over gloo.
         device: This rank's device.
         timeout_s: Seconds after which a collective that a peer does not join fails.
+        rendezvous_timeout_s: Seconds to wait for the others at the start.
 
     Raises:
         TopologyError: if a group exists already and disagrees with `topology`, or the rendezvous fails.
@@ -54,7 +57,7 @@ def connect(topology: Topology, comm_backend: str, device: torch.device, timeout
     backend = "gloo" if comm_backend == "gloo" else f"cpu:gloo,{device.type}:{comm_backend}"
     timeout = timedelta(seconds=timeout_s)
     try:
-        store = _store(topology, topology.rendezvous, timeout)
+        store = _store(topology, topology.rendezvous, timedelta(seconds=rendezvous_timeout_s))
         dist.init_process_group(
             backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout
         )

@@ -34,7 +34,7 @@ class PrecisionPolicy:
     loss_scaling: LossScaling = "none"
 
 
-def resolve_precision(name: str, device: DeviceBackend, *, where: str | None = None) -> PrecisionPolicy:
+def resolve_precision(name: object, device: DeviceBackend, *, where: str | None = None) -> PrecisionPolicy:
     """Turn the setting `mixed_precision` into a policy that the device supports.
 
     Raises:

@@ -6,7 +6,9 @@ import faulthandler
 import importlib
 import importlib.util
 import inspect
+import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
@@ -49,19 +51,20 @@ def address_of(fn: Callable[..., Any]) -> FunctionAddress:
 
 
 def rank_main(
-    env: Mapping[str, str], stacks: str, results: Connection, function: FunctionAddress,
+    env: Mapping[str, str], start_method: str, stacks: str, results: Connection, function: FunctionAddress,
     args: Sequence[Any], kwargs: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Run the function and send (True, result) or (False, Failure)."""
+    multiprocessing.set_start_method(start_method, force=True)  # a child of the fork server would have its own
     os.environ.update(env)  # noqa: TID251 (this is the edge: the process is the rank)
     with Path(stacks).open("w") as dump:
         faulthandler.register(signal.SIGUSR1, file=dump, all_threads=True)
         try:
             _fresh_generators()
             value = _find(function)(*args, **kwargs)
-            results.send((True, value))
+            results.send_bytes(pickle.dumps((True, value)))  # not send(): tensors would need this process alive
         except BaseException as error:  # noqa: BLE001 (this is the supervisor's end in the rank)
-            results.send((False, _failure(error)))
+            results.send_bytes(pickle.dumps((False, _failure(error))))
         faulthandler.unregister(signal.SIGUSR1)
     _leave_group()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import tempfile
@@ -89,7 +90,9 @@ def _start(
     ours, theirs = context.Pipe(duplex=False)
     stacks = folder / f"stacks-{rank}"
     process = context.Process(
-        target=rank_main, args=(env, str(stacks), theirs, function, args, kwargs), name=f"rank-{rank}", daemon=False
+        target=rank_main,
+        args=(env, multiprocessing.get_start_method(), str(stacks), theirs, function, args, kwargs),
+        name=f"rank-{rank}",
     )
     process.start()
     theirs.close()
@@ -118,8 +121,8 @@ def _collect(running: list[_Rank], deadline: float, timeout_s: float) -> None:
 
 def _outcome(rank: _Rank) -> tuple[bool, Any]:
     try:
-        outcome: tuple[bool, Any] = rank.results.recv()
-    except EOFError:
+        outcome: tuple[bool, Any] = pickle.loads(rank.results.recv_bytes())  # noqa: S301 (from our own child)
+    except (EOFError, ConnectionResetError):
         rank.process.join(_AFTER_FAILURE_S)
         return False, Failure(_how_it_ended(rank.process.exitcode), consequence=False, at=time.time())
     return outcome

@@ -1,0 +1,678 @@
+"""The one object that a training script talks to. It owns no back-end knowledge: each call goes to the part that knows."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from distrib.checkpoint import export_model, latest, retain
+from distrib.collectives.trees import map_tensors
+from distrib.config import RunConfig
+from distrib.data import (
+    DataOptions,
+    LiveLoaders,
+    PreparedDataLoader,
+    gather_true_rows,
+    refuse_after_the_loop,
+)
+from distrib.errors import DataError, NotBuiltError, StrategyError
+from distrib.logging import notice
+from distrib.precision import autocast, remove_precision
+from distrib.run_state import RunState, load_run, save_run
+from distrib.seeding import derive, part_noise_streams, set_seed
+from distrib.startup import call_site, read_config, start
+from distrib.state import TrainState
+from distrib.topology import Mesh, Topology
+from distrib.training import Accumulation, PreparedOptimizer, PreparedScheduler
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_NOT_BUILT = frozenset({
+    "check_in_sync", "check_trigger", "gathered", "get_tracker", "init_trackers", "join_uneven_inputs", "log",
+    "pad_across_processes", "profile", "progress", "register_load_state_pre_hook", "register_save_state_pre_hook",
+    "set_trigger", "should_stop", "split_between_processes", "trackers",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SaveHandle:
+    """A checkpoint that has been written to `path`."""
+
+    path: Path
+
+    def wait(self) -> Path:
+        """Return the path once the checkpoint is complete."""
+        return self.path
+
+
+class Accelerator:
+    """Runs a plain training loop on whatever was launched: one device, or many ranks.
+
+    Args:
+        config: Settings, or a file of them. Default: what `distrib launch` passed, else the file that
+            DISTRIB_CONFIG_FILE names, else defaults.
+        strategy: "auto", "single" or "ddp".
+        mixed_precision: "no" or "bf16".
+        gradient_accumulation_steps: Micro-steps per optimizer step; 1 by default. Not together with the next.
+        global_batch_size: Samples per optimizer step over all ranks.
+        project_dir: Where relative paths of outputs begin; the working directory by default.
+        log_with: Trackers; not built yet.
+        seed: Seed of everything random; `set_seed` may be used instead.
+        cpu: True to stay on the CPU, like `device: cpu`.
+
+    Raises:
+        ConfigError: if a value is wrong, or contradicts what was set at launch.
+        TopologyError: if the ranks cannot be told apart or cannot meet.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig | str | Path | None = None,
+        *,
+        strategy: str | None = None,
+        mixed_precision: str | None = None,
+        gradient_accumulation_steps: int | None = None,
+        global_batch_size: int | None = None,
+        project_dir: str | Path | None = None,
+        log_with: Any = None,
+        seed: int | None = None,
+        cpu: bool | None = None,
+    ) -> None:
+        arguments = {
+            "strategy": strategy,
+            "mixed_precision": mixed_precision,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "global_batch_size": global_batch_size,
+            "project_dir": None if project_dir is None else str(project_dir),
+            "tracking.log_with": log_with,
+            "seed": seed,
+            "device": "cpu" if cpu else None,
+        }
+        set_here = {key: value for key, value in arguments.items() if value is not None}
+        env = os.environ  # noqa: TID251 (the constructor is an edge)
+        self._config = read_config(config, set_here, env, call_site())
+        started = start(self._config, env)
+        self._runtime, self._strategy = started.runtime, started.strategy
+        if self._config.seed is not None:
+            set_seed(self._config.seed)
+        self._seed: int | None = None
+        self._live = LiveLoaders()
+        self._run = RunState()
+        steps = self._config.gradient_accumulation_steps or 1
+        self._accumulation = Accumulation(self._strategy, self._runtime, self._live, steps)
+        self._last_norm: Tensor | None = None
+        atexit.register(_close, weakref.ref(self))
+        if self.is_main_process:
+            notice(started.summary)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _NOT_BUILT:
+            raise NotBuiltError(f"Accelerator.{name}")
+        raise AttributeError(f"'Accelerator' object has no attribute {name!r}")
+
+    # Who and where
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings of this run."""
+        return self._config
+
+    @property
+    def topology(self) -> Topology:
+        """This process's place in the job."""
+        return self._runtime.topology
+
+    @property
+    def mesh(self) -> Mesh:
+        """How the ranks are laid out."""
+        return self._runtime.mesh
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return self._runtime.device
+
+    @property
+    def num_processes(self) -> int:
+        """World size."""
+        return self.topology.world_size
+
+    @property
+    def process_index(self) -> int:
+        """Global rank."""
+        return self.topology.rank
+
+    @property
+    def local_process_index(self) -> int:
+        """Rank on this node."""
+        return self.topology.local_rank
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0."""
+        return self.topology.is_main
+
+    @property
+    def is_local_main_process(self) -> bool:
+        """Whether this is the first rank of its node."""
+        return self.topology.is_local_main
+
+    @property
+    def is_last_process(self) -> bool:
+        """Whether this is the highest rank."""
+        return self.topology.is_last
+
+    @property
+    def mixed_precision(self) -> str:
+        """Name of the precision policy: "no", "bf16"."""
+        return self._runtime.precision.name
+
+    @property
+    def scaler(self) -> None:
+        """The loss scaler; none of this version's number formats needs one."""
+        return
+
+    @property
+    def project_dir(self) -> Path:
+        """Where relative paths of outputs begin."""
+        return Path(self._config.project_dir)
+
+    # Prepare
+
+    def prepare(self, *objects: Any) -> Any:
+        """Make models, optimizers, schedulers and data loaders ready for this run, in any order. Collective.
+
+        What is prepared already, and None, come back unchanged.
+
+        Returns:
+            The prepared objects in the same order; for one argument, that object alone.
+
+        Raises:
+            StrategyError: for an object of another kind.
+        """
+        kinds = [self._role(x) for x in objects]
+        found: dict[int, Any] = {}
+        new_models = [x for x, kind in zip(objects, kinds, strict=True) if kind == "model"]
+        new_optimizers = [x for x, kind in zip(objects, kinds, strict=True) if kind == "optimizer"]
+        if new_models or new_optimizers:
+            found.update(self._prepare_trained(new_models, new_optimizers))
+        for x, kind in zip(objects, kinds, strict=True):
+            if kind == "loader":
+                found[id(x)] = self._prepare_loader(x)
+            elif kind == "scheduler":
+                found[id(x)] = PreparedScheduler(x, self._run.optimizers)
+                self._run.schedulers.append(found[id(x)])
+        prepared = tuple(found.get(id(x), x) for x in objects)
+        return prepared[0] if len(prepared) == 1 else prepared
+
+    def prepare_model(self, model: nn.Module, *, evaluation_mode: bool = False) -> nn.Module:
+        """Prepare one model; in evaluation mode it is placed but never trained nor saved. Collective."""
+        if evaluation_mode:
+            return self._strategy.prepare_for_evaluation(model)
+        prepared: nn.Module = self.prepare(model)
+        return prepared
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> PreparedOptimizer:
+        """Prepare one optimizer. Collective."""
+        prepared: PreparedOptimizer = self.prepare(optimizer)
+        return prepared
+
+    def prepare_scheduler(self, scheduler: Any) -> PreparedScheduler:
+        """Prepare one learning-rate scheduler."""
+        prepared: PreparedScheduler = self.prepare(scheduler)
+        return prepared
+
+    def prepare_data_loader(self, data_loader: DataLoader[Any]) -> PreparedDataLoader:
+        """Prepare one data loader. Collective."""
+        prepared: PreparedDataLoader = self.prepare(data_loader)
+        return prepared
+
+    def _role(self, x: Any) -> str:
+        if x is None or isinstance(x, (PreparedOptimizer, PreparedScheduler, PreparedDataLoader)):
+            return "done"
+        if isinstance(x, nn.Module):
+            return "done" if any(x is model for model in self._run.models) else "model"
+        if isinstance(x, Optimizer):
+            return "optimizer"
+        if isinstance(x, DataLoader):
+            return "loader"
+        if hasattr(x, "step") and hasattr(x, "state_dict") and hasattr(x, "optimizer"):
+            return "scheduler"
+        raise StrategyError(
+            "D0804",
+            f"cannot prepare a {type(x).__name__}; expected a model, optimizer, scheduler or DataLoader",
+            fix="leave it out of prepare; it works as it is, or wrap its data in a torch.utils.data.DataLoader",
+        )
+
+    def _prepare_trained(self, models: list[nn.Module], optimizers: list[Optimizer]) -> dict[int, Any]:
+        seed = self._run_seed()
+        state = self._strategy.prepare(TrainState(tuple(models), tuple(optimizers)))
+        found: dict[int, Any] = dict(zip(map(id, models), state.models, strict=True))
+        self._run.models.extend(state.models)
+        for given, own in zip(optimizers, state.optimizers, strict=True):
+            found[id(given)] = PreparedOptimizer(own, self._strategy, self._accumulation, self._live)
+            self._run.optimizers.append(found[id(given)])
+        if models:
+            part_noise_streams(self.process_index, seed)
+        return found
+
+    def _prepare_loader(self, loader: DataLoader[Any]) -> PreparedDataLoader:
+        own = loader.generator.initial_seed() if loader.generator is not None else None
+        index = len(self._run.loaders)
+        seed = self._runtime.collectives.broadcast_object(own)
+        if seed is None:
+            seed = derive(self._run_seed(), "loader", index) if index else self._run_seed()
+        options = DataOptions(
+            rank=self.process_index,
+            world_size=self.num_processes,
+            device=self.device,
+            tail=self._config.data.tail,
+            seed=seed,
+            global_batch_size=self._config.global_batch_size,
+            accumulation=self._config.gradient_accumulation_steps or 1,
+        )
+        prepared = PreparedDataLoader(loader, options, self._live, lambda: bool(self._run.optimizers))
+        self._run.loaders.append(prepared)
+        return prepared
+
+    def _run_seed(self) -> int:
+        """The seed of all streams: `seed=`, else the last `set_seed`, else what torch drew; rank 0's. Collective."""
+        if self._seed is None:
+            mine = self._config.seed if self._config.seed is not None else torch.initial_seed()
+            self._seed = int(self._runtime.collectives.broadcast_object(mine))
+        return self._seed
+
+    # The step
+
+    def accumulate(self, *models: nn.Module) -> AbstractContextManager[None]:
+        """Return the context of one micro-step: gradients are exchanged and steps are real only at a window's end.
+
+        The batch that a prepared loader yielded last says whether it is the window's last; without a prepared
+        loader, every `gradient_accumulation_steps`-th call is.
+        """
+        return self._accumulation.accumulate(models)
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which gradients of `model` stay on the rank."""
+        return self._strategy.gradient_sync((model,), enabled=False)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of the run's precision, for computations outside a prepared model."""
+        return autocast(self._runtime.precision, self.device)
+
+    def backward(self, loss: Tensor, *, count: int | Tensor | None = None, **kwargs: Any) -> None:
+        """Accumulate gradients so that the step sees the mean over the whole global batch.
+
+        Args:
+            loss: 0-d. Without `count`, the mean over this rank's samples; with it, a sum.
+            count: What the sum counts on this rank: tokens, unmasked labels, ... The gradient is divided once,
+                by the total over micro-steps and ranks; `.grad` is the undivided sum before clip or step.
+            kwargs: Not built yet.
+
+        Raises:
+            TrainingError: if mean and sum, or unequal counts, meet in one window.
+        """
+        if kwargs:
+            raise NotBuiltError(f"backward({', '.join(kwargs)}=...)")
+        self._accumulation.backward(loss, count)
+
+    def clip_grad_norm_(
+        self, parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: float, norm_type: float = 2
+    ) -> Tensor:
+        """Scale gradients so that their norm is at most `max_norm`, at a window's end; else do nothing. Collective.
+
+        Returns:
+            0-d: the global norm before clipping; in mid-window, that of the last complete window (0 at first).
+        """
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if self._accumulation.closes:
+            self._accumulation.finish(parameters)
+            self._last_norm = self._strategy.clip_grad_norm_(parameters, max_norm, norm_type)
+        return torch.zeros((), device=self.device) if self._last_norm is None else self._last_norm
+
+    def clip_grad_value_(self, parameters: Iterable[nn.Parameter] | nn.Parameter, clip_value: float) -> None:
+        """Clamp gradients to [-clip_value, clip_value], at a window's end; else do nothing. Collective."""
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if self._accumulation.closes:
+            self._accumulation.finish(parameters)
+            self._strategy.clip_grad_value_(parameters, clip_value)
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-steps per optimizer step where no global batch size is set."""
+        return self._config.gradient_accumulation_steps or 1
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether the current micro-step ends its window, so that a step is real."""
+        return self._accumulation.closes
+
+    @property
+    def optimizer_step_was_skipped(self) -> bool:
+        """Whether the last step at a window's end left the parameters unchanged."""
+        return any(optimizer.skipped for optimizer in self._run.optimizers)
+
+    @property
+    def batch_size(self) -> int:
+        """True samples of this rank in the current batch; 0 if its batch is a stand-in.
+
+        Raises:
+            DataError: if no prepared loader is being read.
+        """
+        loader = self._live.current
+        if loader is None or loader.share is None:
+            raise DataError("D0505", "batch_size is known only inside a loop over a prepared loader")
+        return loader.share.size
+
+    @property
+    def sample_mask(self) -> Tensor:
+        """(rows,) bool on `device`: which rows of the current batch are samples, not stand-ins or padding."""
+        size = self.batch_size
+        loader = self._live.current
+        assert loader is not None and loader.share is not None, "batch_size has checked it"
+        return torch.arange(loader.share.rows, device=self.device) < size
+
+    # Values between ranks
+
+    def gather(self, x: Any) -> Any:
+        """Concatenate each tensor of `x` over all ranks along dim 0, in rank order. Collective.
+
+        Args:
+            x: Tensors (n, *s) in any nesting; n may differ between ranks. A 0-d tensor counts as (1,).
+        """
+        return self._runtime.collectives.gather(x)
+
+    def gather_for_metrics(
+        self, x: Any, use_gather_object: bool = False, *, loader: PreparedDataLoader | None = None  # noqa: FBT001, FBT002
+    ) -> Any:  # fmt: skip
+        """Gather one value per sample of the current batch: each sample once, in sample order. Collective.
+
+        Args:
+            x: Tensors (rows, *s) in any nesting, or a list of one object per row.
+            use_gather_object: Gather picklable objects instead of tensors.
+            loader: The prepared loader that `x` belongs to; the one that yielded last by default.
+
+        Raises:
+            DataError: if a leading dim is not the batch's number of rows.
+        """
+        current = loader or self._live.current
+        if current is None:
+            refuse_after_the_loop(self._live.last_ended)
+        return gather_true_rows(x, current, self._runtime.collectives, objects=use_gather_object)
+
+    def reduce(self, x: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """Reduce each tensor of `x` elementwise over all ranks, then multiply by `scale`. Collective.
+
+        Args:
+            x: Tensors in any nesting, equal shapes on all ranks.
+            reduction: "sum", "mean", "max", "min"; or "none" to do nothing.
+            scale: Factor of the result.
+        """
+        if reduction == "none":
+            return x
+        reduced = self._runtime.collectives.reduce(x, _reduction(reduction))
+        return reduced if scale == 1.0 else map_tensors(lambda tensor: tensor * scale, reduced)
+
+    def broadcast(self, x: Any, from_process: int = 0) -> Any:
+        """Return rank `from_process`'s tensors on every rank. Collective."""
+        return self._runtime.collectives.broadcast(x, from_process)
+
+    def gather_object(self, x: Any) -> list[Any]:
+        """Return every rank's picklable object, in rank order. Collective."""
+        return self._runtime.collectives.gather_object(x)
+
+    def broadcast_object(self, x: Any, from_process: int = 0) -> Any:
+        """Return rank `from_process`'s picklable object on every rank. Collective."""
+        return self._runtime.collectives.broadcast_object(x, from_process)
+
+    def wait_for_everyone(self) -> None:
+        """Return when every rank has called it. Collective."""
+        self._runtime.collectives.barrier(f"wait_for_everyone at {call_site()}")
+
+    # Checkpoints
+
+    def save_state(
+        self, output_dir: str | Path | None = None, *, blocking: bool = True, durable: bool = True
+    ) -> SaveHandle:
+        """Write models, optimizers, schedulers, data positions and generators, whole or not at all. Collective.
+
+        Args:
+            output_dir: Exactly this directory, replacing a checkpoint there in one swap. Default:
+                `<project_dir>/<checkpoint.dir>/step-<n>`, of which the newest `checkpoint.keep_last` are kept.
+            blocking: False is not built yet.
+            durable: Flush to the disk before the checkpoint becomes visible.
+
+        Raises:
+            CheckpointError: on every rank if one cannot write; an older checkpoint stays as it was.
+        """
+        if not blocking:
+            raise NotBuiltError("save_state(blocking=False)", fix="use blocking=True")
+        directory = Path(output_dir) if output_dir is not None else self._checkpoints / f"step-{self._run.step:08d}"
+        info = {"strategy": type(self._strategy).__name__, "config": dict(self._config.set_values())}
+        save_run(directory, self._run, self._strategy, self._runtime, info, durable=durable)
+        keep = self._config.checkpoint.keep_last
+        if output_dir is None and keep is not None and self.is_main_process:
+            retain(self._checkpoints, keep)
+        return SaveHandle(directory)
+
+    def load_state(
+        self,
+        input_dir: str | Path | None = None,
+        *,
+        strict: bool = True,
+        ignore: Iterable[str] = (),
+        verify: bool = True,
+        allow_pickle: bool = False,
+    ) -> Path | None:
+        """Continue where a checkpoint stood; prepare everything first. Collective.
+
+        The next loop over a prepared loader goes on with the very next sample, once.
+
+        Args:
+            input_dir: A checkpoint. Default: the newest complete one of the run, if there is one.
+            strict: False is not built yet.
+            ignore: Not built yet.
+            verify: Compare checksums, not only sizes.
+            allow_pickle: Not built yet; nothing is pickled.
+
+        Returns:
+            The checkpoint's directory; None if no `input_dir` was given and the run has no checkpoint so far.
+
+        Raises:
+            CheckpointError: if it is incomplete, damaged, or does not fit; nothing is changed then.
+        """
+        for name, is_set in {"strict": not strict, "ignore": bool(tuple(ignore)), "allow_pickle": allow_pickle}.items():
+            if is_set:
+                raise NotBuiltError(f"load_state({name}=...)")
+        directory = Path(input_dir) if input_dir is not None else self._newest()
+        if directory is None:
+            return None
+        load_run(directory, self._run, self._strategy, self._runtime, verify=verify)
+        self._accumulation.reset()
+        return directory
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Save and restore these too, by their `state_dict` and `load_state_dict`, in the order of registration.
+
+        Raises:
+            StrategyError: if one has no such methods.
+        """
+        for x in objects:
+            if not (hasattr(x, "state_dict") and hasattr(x, "load_state_dict")):
+                raise StrategyError(
+                    "D0805",
+                    f"cannot register a {type(x).__name__}: it lacks state_dict and load_state_dict",
+                    fix="give it both methods, or put its values into an object that has them",
+                )
+        self._run.custom.extend(objects)
+
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str | Path,
+        max_shard_size: str | int = "10GB",
+        *,
+        dtype: torch.dtype | None = None,
+        include: Any = None,
+    ) -> None:
+        """Write the weights in the Hugging Face layout: model.safetensors, or shards and their index. Collective.
+
+        Args:
+            model: A prepared or a plain model.
+            save_directory: Made if it is missing.
+            max_shard_size: Largest file, in bytes or such as "5GB".
+            dtype: Number format of floating-point weights in the file; their own by default.
+            include: Not built yet.
+        """
+        if include is not None:
+            raise NotBuiltError("save_model(include=...)")
+        state = self._strategy.sharded_state(TrainState((model,)))
+        export_model(
+            Path(save_directory), state, self._runtime.collectives, max_shard_size=max_shard_size, dtype=dtype
+        )
+
+    def get_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """Return the plain model's state dict, on every rank. Collective."""
+        with self._strategy.gathered(model) as plain:
+            return plain.state_dict()
+
+    def skip_first_batches(self, loader: PreparedDataLoader, num_batches: int = 0) -> PreparedDataLoader:
+        """Let the next loop over `loader` start at the epoch's batch `num_batches`, reading none before it.
+
+        A position that `load_state` restored wins, with a notice: it already knows what was consumed.
+
+        Raises:
+            DataError: if the loader is not prepared.
+        """
+        if not isinstance(loader, PreparedDataLoader):
+            raise DataError(
+                "D0506",
+                f"skip_first_batches needs a prepared loader, got a {type(loader).__name__}",
+                fix="prepare it first",
+            )
+        if not loader.has_restored_position:
+            loader.skip(num_batches)
+        elif self.is_main_process:
+            notice("skip_first_batches: load_state has restored the position; nothing more is skipped")
+        return loader
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.project_dir / self._config.checkpoint.dir
+
+    def _newest(self) -> Path | None:
+        """Return rank 0's newest complete checkpoint, so that all ranks load the same. Collective."""
+        found = latest(self._checkpoints) if self.is_main_process else None
+        found = self._runtime.collectives.broadcast_object(found)
+        if found is None and self.is_main_process:
+            notice(f"no checkpoint in {self._checkpoints}: the run starts at its beginning")
+        return found
+
+    # Models
+
+    def unwrap_model(
+        self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True  # noqa: FBT001, FBT002
+    ) -> nn.Module:  # fmt: skip
+        """Return the user's own module.
+
+        Args:
+            model: A prepared or a plain model.
+            keep_fp32_wrapper: False also takes the precision off its forward.
+            keep_torch_compile: False also returns the module that was compiled.
+        """
+        plain = self._strategy.unwrap(model)
+        if not keep_torch_compile:
+            plain = getattr(plain, "_orig_mod", plain)
+        return plain if keep_fp32_wrapper else remove_precision(plain)
+
+    def free_memory(self, *objects: Any) -> Any:
+        """Forget all that was prepared and give cached device memory back; returns a None for each object."""
+        self._run = RunState()
+        self._live = LiveLoaders()
+        self._accumulation = Accumulation(
+            self._strategy, self._runtime, self._live, self.gradient_accumulation_steps
+        )
+        self._runtime.device_backend.empty_cache()
+        return None if len(objects) == 1 else (None,) * len(objects)
+
+    # Process control
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on the main process only."""
+        if self.is_main_process:
+            print(*args, **kwargs)  # noqa: T201 (it is the user's print)
+
+    def on_main_process(self, function: F) -> F:
+        """Let `function` run on rank 0 only; elsewhere it returns None."""
+        return _only(lambda: self.is_main_process, function)
+
+    def on_local_main_process(self, function: F) -> F:
+        """Let `function` run on the first rank of each node only; elsewhere it returns None."""
+        return _only(lambda: self.is_local_main_process, function)
+
+    def on_last_process(self, function: F) -> F:
+        """Let `function` run on the highest rank only; elsewhere it returns None."""
+        return _only(lambda: self.is_last_process, function)
+
+    def on_process(self, function: F | None = None, process_index: int | None = None) -> Any:
+        """Let `function` run on one rank only; elsewhere it returns None. Also usable as a decorator with arguments."""
+        if function is None:
+            return functools.partial(self.on_process, process_index=process_index)
+        return _only(lambda: self.process_index == process_index, function)
+
+    @contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        """Run the body on rank 0 first, then on all others. Collective."""
+        with self._first(self.is_main_process):
+            yield
+
+    @contextmanager
+    def local_main_process_first(self) -> Iterator[None]:
+        """Run the body on the first rank of each node first, then on all others. Collective."""
+        with self._first(self.is_local_main_process):
+            yield
+
+    @contextmanager
+    def _first(self, first: bool) -> Iterator[None]:  # noqa: FBT001
+        barrier = functools.partial(self._runtime.collectives.barrier, "the main process goes first")
+        if not first:
+            barrier()
+        yield
+        if first:
+            barrier()
+
+    def end_training(self) -> None:
+        """Leave the process group; called at exit too."""
+        self._runtime.collectives.close()
+
+
+def _only(condition: Callable[[], bool], function: F) -> F:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if condition() else None
+
+    return run  # type: ignore[return-value]
+
+
+def _reduction(name: str) -> Any:
+    if name not in ("sum", "mean", "max", "min"):
+        raise DataError("D0507", f"unknown reduction {name!r}; expected sum, mean, max, min or none")
+    return name
+
+
+def _close(reference: weakref.ref[Accelerator]) -> None:
+    accelerator = reference()
+    if accelerator is not None:
+        accelerator.end_training()

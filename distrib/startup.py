@@ -1,0 +1,105 @@
+"""From settings and environment to a running job: what an accelerator does once, when it is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distrib.collectives import connect_ranks
+from distrib.config import RunConfig, from_wire, load_config, with_code
+from distrib.devices import choose_device
+from distrib.precision import resolve_precision
+from distrib.state import Runtime
+from distrib.strategies import Strategy, choose_strategy
+from distrib.topology import detect_topology, resolve_mesh
+from distrib.topology.threads import threads_per_rank, usable_cores
+
+
+@dataclasses.dataclass(frozen=True)
+class Startup:
+    """What was decided, and the line that says so."""
+
+    runtime: Runtime
+    strategy: Strategy
+    summary: str
+
+
+def read_config(
+    given: RunConfig | str | Path | None, arguments: Mapping[str, Any], env: Mapping[str, str], where: str
+) -> RunConfig:
+    """Return the settings of this run: the launcher's or a file's, and those that the script gives.
+
+    Args:
+        given: The accelerator's first argument.
+        arguments: Dotted key -> value of its keyword arguments that are not None.
+        env: The process's environment.
+        where: "file:line" of the script's call.
+
+    Raises:
+        ConfigError: if the script contradicts what was set at launch, or a value is wrong.
+    """
+    launched = env.get("DISTRIB_CONFIG")
+    if given is None:
+        base = from_wire(launched) if launched else load_config(env=env, cwd=Path.cwd(), read_cwd=False)
+        return with_code(base, arguments, where)
+    if isinstance(given, RunConfig):
+        own = given
+    else:  # what the launcher passed already has the environment's settings in it
+        own = load_config(file=given, env={} if launched else env, cwd=Path.cwd(), read_cwd=False)
+    if launched:
+        own = with_code(from_wire(launched), own.set_values(), where)
+    return with_code(own, arguments, where)
+
+
+def start(config: RunConfig, env: Mapping[str, str]) -> Startup:
+    """Find out where we are, take the device, meet the other ranks and make the strategy. Collective.
+
+    Raises:
+        DistribError: of the part that does not fit, before any other rank is waited for where that is possible.
+    """
+    topology = detect_topology(env)
+    backend, device_reason = choose_device(
+        config.device, topology.local_world_size, where=_where(config, "device")
+    )
+    name, strategy, strategy_reason = choose_strategy(
+        config.strategy, topology.world_size, backend.name, where=_where(config, "strategy")
+    )
+    mesh = resolve_mesh(config.mesh.model_dump(), topology.world_size, where=_where(config, "mesh.replicate"))
+    device = backend.bind(topology.local_rank)
+    precision = resolve_precision(config.mixed_precision, backend, where=_where(config, "mixed_precision"))
+    threads, threads_reason = threads_per_rank(env, usable_cores(), topology.local_world_size)
+    if topology.world_size > 1:
+        torch.set_num_threads(threads)
+    collectives = connect_ranks(
+        topology, backend, device, config.watch.stall_timeout_s, rendezvous_timeout_s=config.launch.rdzv_timeout_s
+    )
+    runtime = Runtime(topology, mesh, device, backend, collectives, precision)
+    options = getattr(config, name, None)
+    summary = (
+        f"{topology.world_size} process{'es' if topology.world_size > 1 else ''} ({topology.source}), "
+        f"strategy {name} ({strategy_reason}), device {device} ({device_reason}), precision {precision.name}, "
+        f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} each"
+        + (f" ({threads_reason})" if topology.world_size > 1 else "")
+        + (f", config {config.file}" if config.file else "")
+    )
+    return Startup(runtime, strategy(runtime, options.model_dump() if options is not None else {}), summary)
+
+
+def call_site() -> str:
+    """Return "file:line" of the innermost frame outside this package."""
+    frame = sys._getframe(1)
+    package = str(Path(__file__).parent)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _where(config: RunConfig, key: str) -> str:
+    source = config.source(key)
+    return f"{source.where} ({key})" if source.where else key
+

@@ -1,0 +1,1 @@
+"""Tests that every registered strategy must pass."""
