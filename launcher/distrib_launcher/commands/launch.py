@@ -12,6 +12,7 @@ import click
 from distrib.config import RunConfig, load_config, overridden, to_wire
 from distrib.errors import LaunchError
 from distrib.topology.threads import threads_per_rank, usable_cores
+from distrib_launcher.accelerators import processes_for
 from distrib_launcher.backends import BACKENDS
 from distrib_launcher.commands.options import GIVEN, flags, setting_options
 from distrib_launcher.plan import LaunchPlan, find_program
@@ -69,7 +70,7 @@ def _start(plan: LaunchPlan, reason: str, config: RunConfig, env: Mapping[str, s
     port = ReservedPort(plan.master_port, where=config.source("launch.master_port").where or None)
     try:
         sys.stdout.flush()
-        click.echo("\n".join(start_up_lines(plan, reason, config)), err=True)
+        click.echo("\n".join(start_up_lines(plan, reason, config, env)), err=True)
         return backend(replace(plan, master_port=port.port), env)
     finally:
         port.release()
@@ -91,7 +92,7 @@ def make_plan(
         TopologyError: if OMP_NUM_THREADS is no number.
     """
     program = find_program(kind, words, env)
-    count = 1 if config.launch.nproc_per_node == "auto" else config.launch.nproc_per_node
+    count = count_processes(config, env)[0]
     if config.strategy == "single" and count > 1:
         raise LaunchError(
             "D0310",
@@ -104,14 +105,31 @@ def make_plan(
     return LaunchPlan(program, count, threads, HOST, port, to_wire(config), config.launch.grace_s), reason
 
 
-def start_up_lines(plan: LaunchPlan, reason: str, config: RunConfig) -> list[str]:
+def count_processes(config: RunConfig, env: Mapping[str, str]) -> tuple[int, str]:
+    """Return how many processes this machine gets, and why."""
+    count = config.launch.nproc_per_node
+    if count != "auto":
+        return count, str(config.source("launch.nproc_per_node").where)
+    if config.strategy == "single":
+        return 1, "strategy single"
+    return processes_for(config.device, env)
+
+
+def start_up_lines(plan: LaunchPlan, reason: str, config: RunConfig, env: Mapping[str, str]) -> list[str]:
     """Say in one line what is started and why, and below it what overrode what."""
     processes = f"{plan.num_processes} process{'es' if plan.num_processes > 1 else ''}"
-    if not config.is_set("launch.nproc_per_node"):
-        processes += " (the default; -n N starts N)"
+    if config.launch.nproc_per_node == "auto":
+        processes += f" ({count_processes(config, env)[1]}; -n N starts N)"
     threads = f"{plan.threads} thread{'s' if plan.threads > 1 else ''} each ({reason})"
-    head = f"distrib: {plan.program.command}: {processes}, {threads}, config {_file(config)}"
+    head = (
+        f"distrib: {plan.program.command}: {processes}, {_device(config)}, {threads}, config {_file(config)}"
+    )
     return [head, *(f"distrib: {each}" for each in overridden(config)), *_crowded(plan.num_processes)]
+
+
+def _device(config: RunConfig) -> str:
+    where = config.source("device").where
+    return f"device {config.device} ({where or 'the ranks choose'})"
 
 
 def _crowded(num_processes: int) -> list[str]:
