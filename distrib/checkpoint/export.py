@@ -22,7 +22,7 @@ from distrib.checkpoint.agreement import collect, on_main, together
 from distrib.checkpoint.format import DTYPES, ITEMSIZE, code_of
 from distrib.checkpoint.plan import Held, Shape, Share, Where, canonical, holders_of, numel, pieces, size_of
 from distrib.checkpoint.storage import Storage, entries
-from distrib.checkpoint.tensorfile import Entry, in_file_order, write_bytes, write_tensors
+from distrib.checkpoint.tensorfile import Entry, as_bytes, in_file_order, write_bytes, write_tensors
 from distrib.checkpoint.transfer import sub_tensor
 from distrib.collectives.base import Collectives
 from distrib.errors import CheckpointError
@@ -142,7 +142,7 @@ def _gather(tensor: _Tensor, mine: _Mine, collectives: Collectives) -> torch.Ten
         mine[held.name, held.where].get().detach() for rank, held in tensor.parts if rank == collectives.rank
     ]
     if any(rank for rank, _ in tensor.parts):
-        data = [x.contiguous().reshape(-1).view(torch.uint8) for x in own]
+        data = [as_bytes(x.contiguous()) for x in own]
         nothing = torch.empty(
             0, dtype=torch.uint8, device=next((s.get().device for s in mine.values()), "cpu")
         )

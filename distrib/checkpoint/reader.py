@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -27,6 +28,7 @@ from distrib.collectives.base import Collectives
 from distrib.errors import CheckpointError, did_you_mean
 from distrib.state import LoaderPosition, ShardedState, Slice, TensorSpec, whole
 
+_log = logging.getLogger(__name__)
 _MOST_LISTED = 20
 
 
@@ -329,8 +331,12 @@ def latest(directory: str | Path, prefix: str = "step-") -> Path | None:
 
     Complete means: a good manifest, and every file there with its size. Checksums are left to `open_checkpoint`.
     """
-    complete = (path for _, path in reversed(numbered(directory, prefix)) if incompleteness(path) is None)
-    return next(complete, None)
+    for _, path in reversed(numbered(directory, prefix)):
+        problem = incompleteness(path)
+        if problem is None:
+            return path
+        _log.warning("skipped %s: %s", path, problem.problem)
+    return None
 
 
 def numbered(directory: str | Path, prefix: str = "step-") -> list[tuple[int, Path]]:

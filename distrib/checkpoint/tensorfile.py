@@ -141,9 +141,15 @@ def _write(storage: Storage, file: int, entry: Entry) -> str:
     return hasher.hexdigest()
 
 
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous tensor's memory as a flat uint8 tensor."""
+    # One element counts as contiguous whatever its stride is, but a view of another dtype wants a stride of 1.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
 def chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
     """Yield a tensor's bytes, row-major, as views of host memory."""
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    flat = as_bytes(tensor.detach().resolve_conj().resolve_neg().contiguous())
     for begin in range(0, flat.numel(), _BLOCK):
         host = flat[begin : begin + _BLOCK].cpu().numpy().data
         for start in range(0, len(host), _CHUNK):

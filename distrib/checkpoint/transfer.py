@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 
 from distrib.checkpoint.plan import Shape, numel, strides
+from distrib.checkpoint.tensorfile import as_bytes
 from distrib.state import Box
 
 _STAGING = 16 * 2**20  # bytes read at a time for a tensor that cannot be read into directly
@@ -31,7 +33,16 @@ def sub_tensor(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return tensor
 
 
-def read_box(read: ReadInto, offset: int, shape: Shape, box: Box, target: torch.Tensor) -> None:
+def read_box(
+    read: ReadInto,
+    offset: int,
+    shape: Shape,
+    box: Box,
+    target: torch.Tensor,
+    *,
+    staging: int = _STAGING,
+    sparse: int = _SPARSE,
+) -> None:
     """Copy a box of a stored row-major array into `target`.
 
     Args:
@@ -40,6 +51,8 @@ def read_box(read: ReadInto, offset: int, shape: Shape, box: Box, target: torch.
         shape: The array's shape.
         box: The wanted part of it, not empty.
         target: A tensor of the box's size and the array's dtype, on any device.
+        staging: Bytes to read at a time where `target` cannot be read into directly.
+        sparse: The same where less than a quarter of what would be read is wanted.
     """
     steps, itemsize = strides(shape), target.element_size()
     first = sum(map(int.__mul__, box.start, steps))
@@ -48,23 +61,26 @@ def read_box(read: ReadInto, offset: int, shape: Shape, box: Box, target: torch.
     dense = span == numel(box.size)
     if dense and target.is_contiguous() and target.device.type == "cpu":
         read(_memory(target), at)
-    elif span * itemsize <= (_STAGING if 4 * numel(box.size) >= span else _SPARSE) or numel(box.size) == 1:
-        staging = torch.empty(span, dtype=target.dtype)
-        read(_memory(staging), at)
-        target.copy_(staging.as_strided(box.size, steps))
-    else:
-        _halves(read, offset, shape, box, target)
+        return
+    limit = staging if 4 * numel(box.size) >= span else sparse
+    if span == 1 or span * itemsize <= limit:
+        buffer = torch.empty(span, dtype=target.dtype)
+        read(_memory(buffer), at)
+        target.copy_(buffer.as_strided(box.size, steps))
+        return
+    for half, part in _halves(box, target):
+        read_box(read, offset, shape, half, part, staging=staging, sparse=sparse)
 
 
-def _halves(read: ReadInto, offset: int, shape: Shape, box: Box, target: torch.Tensor) -> None:
-    """Cut the box along its first dim that can be cut, so that what is read at a time fits and is wanted."""
+def _halves(box: Box, target: torch.Tensor) -> Iterator[tuple[Box, torch.Tensor]]:
+    """Cut a box along its first dim that can be cut, so that what is read at a time fits and is wanted."""
     dim = next(i for i, n in enumerate(box.size) if n > 1)
     half = box.size[dim] // 2
     for begin, count in ((0, half), (half, box.size[dim] - half)):
         start = (*box.start[:dim], box.start[dim] + begin, *box.start[dim + 1 :])
         size = (*box.size[:dim], count, *box.size[dim + 1 :])
-        read_box(read, offset, shape, Box(start, size), target.narrow(dim, begin, count))
+        yield Box(start, size), target.narrow(dim, begin, count)
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    return as_bytes(tensor).numpy().data
