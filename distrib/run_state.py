@@ -113,6 +113,6 @@ def _restore_generators(reader: Reader, runtime: Runtime) -> None:
     torch.manual_seed(derive(torch.initial_seed(), "noise", reader.counters["step"], topology.rank))
     if topology.is_main:
         notice(
-            f"saved by {reader.world_size} processes, resumed by {topology.world_size}: the data go on unchanged, "
+            f"saved at world size {reader.world_size}, resumed at {topology.world_size}: the data go on unchanged, "
             "dropout draws from new streams derived from the seed and the step"
         )
