@@ -24,6 +24,7 @@ from distrib.data import (
     DataOptions,
     LiveLoaders,
     PreparedDataLoader,
+    Share,
     gather_true_rows,
     refuse_after_the_loop,
 )
@@ -336,7 +337,7 @@ class Accelerator:
         Returns:
             0-d: the global norm before clipping; in mid-window, that of the last complete window (0 at first).
         """
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        parameters = _listed(parameters)
         if self._accumulation.closes:
             self._accumulation.finish(parameters)
             self._last_norm = self._strategy.clip_grad_norm_(parameters, max_norm, norm_type)
@@ -344,7 +345,7 @@ class Accelerator:
 
     def clip_grad_value_(self, parameters: Iterable[nn.Parameter] | nn.Parameter, clip_value: float) -> None:
         """Clamp gradients to [-clip_value, clip_value], at a window's end; else do nothing. Collective."""
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        parameters = _listed(parameters)
         if self._accumulation.closes:
             self._accumulation.finish(parameters)
             self._strategy.clip_grad_value_(parameters, clip_value)
@@ -371,18 +372,21 @@ class Accelerator:
         Raises:
             DataError: if no prepared loader is being read.
         """
-        loader = self._live.current
-        if loader is None or loader.share is None:
-            raise DataError("D0505", "batch_size is known only inside a loop over a prepared loader")
-        return loader.share.size
+        return self._share().size
 
     @property
     def sample_mask(self) -> Tensor:
         """(rows,) bool on `device`: which rows of the current batch are samples, not stand-ins or padding."""
-        size = self.batch_size
+        share = self._share()
+        return torch.arange(share.rows, device=self.device) < share.size
+
+    def _share(self) -> Share:
         loader = self._live.current
-        assert loader is not None and loader.share is not None, "batch_size has checked it"
-        return torch.arange(loader.share.rows, device=self.device) < size
+        if loader is None or loader.share is None:
+            raise DataError(
+                "D0505", "batch_size and sample_mask are known only inside a loop over a prepared loader"
+            )
+        return loader.share
 
     # Values between ranks
 
@@ -459,7 +463,9 @@ class Accelerator:
         """
         if not blocking:
             raise NotBuiltError("save_state(blocking=False)", fix="use blocking=True")
-        directory = Path(output_dir) if output_dir is not None else self._checkpoints / f"step-{self._run.step:08d}"
+        directory = (
+            Path(output_dir) if output_dir is not None else self._checkpoints / f"step-{self._run.step:08d}"
+        )
         info = {"strategy": type(self._strategy).__name__, "config": dict(self._config.set_values())}
         save_run(directory, self._run, self._strategy, self._runtime, info, durable=durable)
         keep = self._config.checkpoint.keep_last
@@ -493,7 +499,11 @@ class Accelerator:
         Raises:
             CheckpointError: if it is incomplete, damaged, or does not fit; nothing is changed then.
         """
-        for name, is_set in {"strict": not strict, "ignore": bool(tuple(ignore)), "allow_pickle": allow_pickle}.items():
+        for name, is_set in {
+            "strict": not strict,
+            "ignore": bool(tuple(ignore)),
+            "allow_pickle": allow_pickle,
+        }.items():
             if is_set:
                 raise NotBuiltError(f"load_state({name}=...)")
         directory = Path(input_dir) if input_dir is not None else self._newest()
@@ -670,6 +680,10 @@ def _reduction(name: str) -> Any:
     if name not in ("sum", "mean", "max", "min"):
         raise DataError("D0507", f"unknown reduction {name!r}; expected sum, mean, max, min or none")
     return name
+
+
+def _listed(parameters: Iterable[nn.Parameter] | nn.Parameter) -> list[nn.Parameter]:
+    return [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
 
 
 def _close(reference: weakref.ref[Accelerator]) -> None:

@@ -41,7 +41,13 @@ class RunState:
 
 
 def save_run(
-    directory: Path, run: RunState, strategy: Strategy, runtime: Runtime, info: Mapping[str, Any], *, durable: bool
+    directory: Path,
+    run: RunState,
+    strategy: Strategy,
+    runtime: Runtime,
+    info: Mapping[str, Any],
+    *,
+    durable: bool,
 ) -> Path:
     """Write a checkpoint of the run to exactly `directory`. Collective."""
     contents = Contents(

@@ -31,7 +31,7 @@ def set_seed(seed: int, *, deterministic: bool = False) -> None:
         deterministic: Also ask torch for deterministic algorithms.
     """
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (the user's data code may draw from the legacy generator)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(_noise_seed(seed))
     if deterministic:
         torch.use_deterministic_algorithms(True)

@@ -76,7 +76,11 @@ def start(config: RunConfig, env: Mapping[str, str]) -> Startup:
     if topology.world_size > 1:
         torch.set_num_threads(threads)
     collectives = connect_ranks(
-        topology, backend, device, config.watch.stall_timeout_s, rendezvous_timeout_s=config.launch.rdzv_timeout_s
+        topology,
+        backend,
+        device,
+        config.watch.stall_timeout_s,
+        rendezvous_timeout_s=config.launch.rdzv_timeout_s,
     )
     runtime = Runtime(topology, mesh, device, backend, collectives, precision)
     options = getattr(config, name, None)
@@ -102,4 +106,3 @@ def call_site() -> str:
 def _where(config: RunConfig, key: str) -> str:
     source = config.source(key)
     return f"{source.where} ({key})" if source.where else key
-

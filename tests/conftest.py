@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-_OURS = ("forkserver", "resource_tracker")  # helpers of multiprocessing, which live as long as the test session
+_OURS = (
+    "forkserver",
+    "resource_tracker",
+)  # helpers of multiprocessing, which live as long as the test session
 
 
 def _children() -> set[psutil.Process]:
@@ -17,7 +20,9 @@ def _children() -> set[psutil.Process]:
 
 def _is_helper(process: psutil.Process) -> bool:
     try:
-        return process.status() == psutil.STATUS_ZOMBIE or any(name in " ".join(process.cmdline()) for name in _OURS)
+        return process.status() == psutil.STATUS_ZOMBIE or any(
+            name in " ".join(process.cmdline()) for name in _OURS
+        )
     except psutil.NoSuchProcess:
         return True
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from distrib.collectives.base import Collectives, ReduceOp
 from distrib.collectives.trees import map_tensors, replace_tensors, structure, tensors
@@ -32,7 +33,12 @@ Tree = TypeVar("Tree")
 
 _HEADER_SIZES = 62  # dim-0 sizes that fit into the first exchange; a larger tree costs a second one
 _ALIGN = 16  # bytes; the widest dtype (complex128), so that any tensor can be viewed at its place in a packed buffer
-_OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_OPS = {
+    "sum": dist.ReduceOp.SUM,
+    "mean": dist.ReduceOp.SUM,
+    "max": dist.ReduceOp.MAX,
+    "min": dist.ReduceOp.MIN,
+}
 
 
 def connect(
@@ -82,13 +88,18 @@ def _check_existing(topology: Topology) -> None:
         )
 
 
-def _store(topology: Topology, rendezvous: Rendezvous, timeout: timedelta) -> dist.Store:
+def _store(topology: Topology, rendezvous: Rendezvous, timeout: timedelta) -> Store:
     serves = topology.rank == 0 and not rendezvous.hosted_by_agent
-    options = {"master_listen_fd": _listen(rendezvous)} if serves else {}
-    store: dist.Store = dist.TCPStore(
-        rendezvous.host, rendezvous.port, topology.world_size, serves, timeout, wait_for_workers=False, **options
+    store: Store = TCPStore(
+        rendezvous.host,
+        rendezvous.port,
+        topology.world_size,
+        serves,
+        timeout,
+        wait_for_workers=False,
+        master_listen_fd=_listen(rendezvous) if serves else None,
     )
-    return dist.PrefixStore(rendezvous.prefix, store) if rendezvous.prefix else store
+    return PrefixStore(rendezvous.prefix, store) if rendezvous.prefix else store
 
 
 def _listen(rendezvous: Rendezvous) -> int:
@@ -128,8 +139,12 @@ class ProcessGroupCollectives(Collectives):
     def reduce(self, tree: Tree, op: ReduceOp = "sum") -> Tree:
         leaves = tensors(tree)
         self._agree(f"reduce({op})", tree, ragged=False)
-        flat = {dtype: torch.cat([x.reshape(-1) for x in leaves if x.dtype is dtype]) for dtype in _dtypes(leaves)}
-        reduced = {dtype: self.all_reduce_(values, "sum" if op == "mean" else op) for dtype, values in flat.items()}
+        flat = {
+            dtype: torch.cat([x.reshape(-1) for x in leaves if x.dtype is dtype]) for dtype in _dtypes(leaves)
+        }
+        reduced = {
+            dtype: self.all_reduce_(values, "sum" if op == "mean" else op) for dtype, values in flat.items()
+        }
         if op == "mean":
             reduced = {dtype: values / self.world_size for dtype, values in reduced.items()}
         taken = dict.fromkeys(reduced, 0)
@@ -231,7 +246,9 @@ def _layout(leaves: Sequence[torch.Tensor], rows: Sequence[int]) -> tuple[list[i
     offsets, at = [], 0
     for leaf, n in zip(leaves, rows, strict=True):
         offsets.append(at)
-        row_bytes = leaf.element_size() * leaf[:0].flatten(1).shape[1] if leaf.dim() > 1 else leaf.element_size()
+        row_bytes = (
+            leaf.element_size() * leaf[:0].flatten(1).shape[1] if leaf.dim() > 1 else leaf.element_size()
+        )
         at += -(-n * row_bytes // _ALIGN) * _ALIGN
     return offsets, at
 
@@ -283,4 +300,3 @@ def _peers(op: str) -> Iterator[None]:
             f"{op} failed: {error}",
             fix="look for the rank that ended or stopped first; this rank only followed it",
         ) from error
-

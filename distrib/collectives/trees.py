@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -24,11 +24,13 @@ def tensors(tree: Any) -> list[torch.Tensor]:
 def map_tensors(function: Callable[[torch.Tensor], Any], tree: Tree) -> Tree:
     """Return a copy of `tree` with `function` applied to each tensor; containers keep their types."""
     if isinstance(tree, torch.Tensor):
-        return function(tree)
+        return cast("Tree", function(tree))
     children = _children(tree)
     if children is None:
         return tree
-    return _rebuild(tree, {key: map_tensors(function, child) for key, child in children.items()})
+    return cast(
+        "Tree", _rebuild(tree, {key: map_tensors(function, child) for key, child in children.items()})
+    )
 
 
 def replace_tensors(tree: Tree, new: Iterator[torch.Tensor]) -> Tree:

@@ -3,5 +3,13 @@
 from distrib.data.live import LiveLoaders
 from distrib.data.loader import DataOptions, PreparedDataLoader
 from distrib.data.metrics import gather_true_rows, refuse_after_the_loop
+from distrib.data.sharding import Share
 
-__all__ = ["DataOptions", "LiveLoaders", "PreparedDataLoader", "gather_true_rows", "refuse_after_the_loop"]
+__all__ = [
+    "DataOptions",
+    "LiveLoaders",
+    "PreparedDataLoader",
+    "Share",
+    "gather_true_rows",
+    "refuse_after_the_loop",
+]

@@ -71,7 +71,7 @@ class PreparedDataLoader:
         self.micro_step: MicroStep | None = None
         self.share: Share | None = None
         accumulated = self._micro_batch * options.world_size * options.accumulation
-        self._set_layout(options.global_batch_size or accumulated, len(loader.dataset))  # type: ignore[arg-type]
+        self._set_layout(options.global_batch_size or accumulated, _samples_of(loader))
         self._generator = torch.Generator()
         self._indices = _ShareSampler(self)
         self._loader = _with_batches(loader, self._indices, self._generator)
@@ -95,7 +95,10 @@ class PreparedDataLoader:
             steps = self.layout.micro_steps(self._consumed)
             for step, batch in zip(steps, self._loader, strict=True):
                 self.settle()
-                self.micro_step, self.share = step, share_of(step, self._options.rank, self._options.world_size)
+                self.micro_step, self.share = (
+                    step,
+                    share_of(step, self._options.rank, self._options.world_size),
+                )
                 if step.closes:
                     self._settles_at = step.window_stop
                 self._live.yielded(self)
@@ -204,7 +207,7 @@ class _ShareSampler:
 
 def _positions(share: Share, step: MicroStep) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return the positions of a share, filled up cyclically with the window's own samples where it is padded."""
-    if share.rows == share.size or not share.size and share.rows == 1:
+    if share.rows == share.size or (not share.size and share.rows == 1):
         return np.arange(share.start, share.start + share.rows, dtype=np.int64)
     fill = step.start + np.arange(share.rows - share.size, dtype=np.int64) % step.size
     return np.concatenate([np.arange(share.start, share.start + share.size, dtype=np.int64), fill])
@@ -220,7 +223,9 @@ def _split(order: Order, block: list[np.ndarray[Any, np.dtype[np.int64]]]) -> It
 
 def _refuse_what_is_not_built(loader: DataLoader[Any]) -> None:
     if type(loader) is not DataLoader:
-        raise NotBuiltError(f"preparing a {type(loader).__name__}", fix="prepare a torch.utils.data.DataLoader")
+        raise NotBuiltError(
+            f"preparing a {type(loader).__name__}", fix="prepare a torch.utils.data.DataLoader"
+        )
     if isinstance(loader.dataset, IterableDataset):
         raise NotBuiltError("preparing a DataLoader over an IterableDataset", fix="use a map-style data set")
     if not hasattr(loader.dataset, "__len__"):
@@ -231,16 +236,22 @@ def _refuse_what_is_not_built(loader: DataLoader[Any]) -> None:
         )
     if loader.batch_size is None:
         raise NotBuiltError(
-            "preparing a DataLoader with a batch_sampler of its own or batch_size=None", fix="give it a batch_size"
+            "preparing a DataLoader with a batch_sampler of its own or batch_size=None",
+            fix="give it a batch_size",
         )
     sampler = loader.sampler
     with_own_draw = isinstance(sampler, RandomSampler) and (
-        sampler.replacement or sampler.num_samples != len(loader.dataset)  # type: ignore[arg-type]
+        sampler.replacement or sampler.num_samples != _samples_of(loader)
     )
     if with_own_draw or type(sampler) not in (RandomSampler, SequentialSampler):
         raise NotBuiltError(
-            f"preparing a DataLoader with the sampler {type(sampler).__name__}", fix="use shuffle=True or False"
+            f"preparing a DataLoader with the sampler {type(sampler).__name__}",
+            fix="use shuffle=True or False",
         )
+
+
+def _samples_of(loader: DataLoader[Any]) -> int:
+    return len(loader.dataset)  # type: ignore[arg-type]  # map-style, as checked
 
 
 def _with_batches(
@@ -249,7 +260,7 @@ def _with_batches(
     """Return a loader like the user's, over other batches of indices."""
     return DataLoader(
         loader.dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,

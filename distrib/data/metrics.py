@@ -30,7 +30,9 @@ def gather_true_rows(
     share = loader.share if loader is not None else None
     if objects or not tensors(value):
         return [item for part in collectives.gather_object(_true_items(value, share)) for item in part]
-    return collectives.gather(value if share is None else map_tensors(lambda x: _true_tensor(x, share), value))
+    return collectives.gather(
+        value if share is None else map_tensors(lambda x: _true_tensor(x, share), value)
+    )
 
 
 def refuse_after_the_loop(loader: PreparedDataLoader | None) -> None:

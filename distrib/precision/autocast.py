@@ -32,7 +32,9 @@ def apply_precision(model: nn.Module, policy: PrecisionPolicy, device: torch.dev
     if policy.compute is None or _MARK in vars(model.forward):
         return model
     plain = vars(model).get("forward")
-    model.forward = MethodType(_under(policy, device, plain or type(model).forward, plain is not None), model)
+    model.forward = MethodType(
+        _under(policy, device, plain or type(model).forward, bound=plain is not None), model
+    )
     return model
 
 
@@ -48,7 +50,7 @@ def remove_precision(model: nn.Module) -> nn.Module:
 
 
 def _under(
-    policy: PrecisionPolicy, device: torch.device, forward: Callable[..., Any], bound: bool
+    policy: PrecisionPolicy, device: torch.device, forward: Callable[..., Any], *, bound: bool
 ) -> Callable[..., Any]:
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

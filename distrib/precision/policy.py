@@ -47,5 +47,7 @@ def resolve_precision(name: object, device: DeviceBackend, *, where: str | None 
         raise NotBuiltError(f"mixed_precision {name!r}", where=where, fix="use bf16 or no")
     fits, reason = device.supports(torch.bfloat16)
     if not fits:
-        raise StrategyError("D0801", f"{device.name} does not support bf16: {reason}", where=where, fix="use no")
+        raise StrategyError(
+            "D0801", f"{device.name} does not support bf16: {reason}", where=where, fix="use no"
+        )
     return PrecisionPolicy("bf16", compute=torch.bfloat16, output=torch.float32)

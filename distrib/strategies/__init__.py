@@ -31,7 +31,11 @@ def choose_strategy(
     """
     automatic = requested == "auto"
     name = ("ddp" if world_size > 1 else "single") if automatic else requested
-    reason = f"auto, {world_size} process{'es' if world_size > 1 else ''}" if automatic else f"asked for by {where}"
+    reason = (
+        f"auto, {world_size} process{'es' if world_size > 1 else ''}"
+        if automatic
+        else f"asked for by {where}"
+    )
     cls = STRATEGIES.get(name)
     if device not in cls.capabilities.devices:
         raise StrategyError(

@@ -69,7 +69,7 @@ class Strategy(ABC):
         """Place a model that is never trained: equal on all ranks, no gradient machinery. Collective."""
 
     @abstractmethod
-    def gradient_sync(self, models: Sequence[nn.Module], enabled: bool) -> AbstractContextManager[None]:
+    def gradient_sync(self, models: Sequence[nn.Module], *, enabled: bool) -> AbstractContextManager[None]:
         """Return the context of one micro-step; with `enabled` false its gradients stay on the rank."""
 
     @abstractmethod

@@ -33,7 +33,7 @@ class DDP(Single):
                 tensors[name].copy_(value)
         return model
 
-    def gradient_sync(self, models: Sequence[nn.Module], enabled: bool) -> AbstractContextManager[None]:
+    def gradient_sync(self, models: Sequence[nn.Module], *, enabled: bool) -> AbstractContextManager[None]:
         wrapped = [model for model in models if isinstance(model, DistributedDataParallel)]
         return nullcontext() if enabled or not wrapped else _no_sync(wrapped)
 

@@ -35,7 +35,7 @@ class Single(Strategy):
         """Move a model to the device and apply the precision policy, in place."""
         return apply_precision(model.to(self.runtime.device), self.runtime.precision, self.runtime.device)
 
-    def gradient_sync(self, models: Sequence[nn.Module], enabled: bool) -> AbstractContextManager[None]:
+    def gradient_sync(self, models: Sequence[nn.Module], *, enabled: bool) -> AbstractContextManager[None]:
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -63,7 +63,8 @@ class Single(Strategy):
         names = slices.parameter_names(models)
         of_models = [slices.module_slices(m, slices.module_prefix(i)) for i, m in enumerate(models)]
         of_optimizers = [
-            slices.optimizer_slices(o, names, slices.optimizer_prefix(i)) for i, o in enumerate(state.optimizers)
+            slices.optimizer_slices(o, names, slices.optimizer_prefix(i))
+            for i, o in enumerate(state.optimizers)
         ]
         return slices.joined([*of_models, *of_optimizers])
 

@@ -54,7 +54,9 @@ def parameter_names(models: Sequence[nn.Module]) -> dict[int, str]:
     names: dict[int, str] = {}
     for index, model in enumerate(models):
         for name, parameter in model.named_parameters():
-            names.setdefault(id(parameter), f"model_{index}.{plain_name(name)}" if index else plain_name(name))
+            names.setdefault(
+                id(parameter), f"model_{index}.{plain_name(name)}" if index else plain_name(name)
+            )
     return names
 
 
@@ -70,7 +72,10 @@ def optimizer_slices(optimizer: Optimizer, names: Names, prefix: str) -> Sharded
             else:
                 scalars.setdefault(name, {})[key] = value
     groups = [
-        {**{key: value for key, value in group.items() if key != "params"}, "params": _names_of(group, names, index)}
+        {
+            **{key: value for key, value in group.items() if key != "params"},
+            "params": _names_of(group, names, index),
+        }
         for index, group in enumerate(optimizer.param_groups)
     ]
     return ShardedState(tensors, {prefix.rstrip("/"): {"param_groups": groups, "state": scalars}})
@@ -135,7 +140,9 @@ def _allocate(optimizer: Optimizer, names: Names, stored: Mapping[str, TensorSpe
                 keys.setdefault(name, []).append(key)
     for index, group in enumerate(optimizer.param_groups):
         for name, parameter in zip(_names_of(group, names, index), group["params"], strict=True):
-            fresh = {key: _empty(stored[f"{prefix}{key}.{name}"], parameter, group) for key in keys.get(name, ())}
+            fresh = {
+                key: _empty(stored[f"{prefix}{key}.{name}"], parameter, group) for key in keys.get(name, ())
+            }
             if fresh:
                 optimizer.state[parameter] = fresh
             else:

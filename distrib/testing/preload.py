@@ -3,6 +3,6 @@
 import torch
 import torch._dynamo
 import torch.distributed
-import torch.nn.parallel  # noqa: F401
+import torch.nn.parallel
 
 torch.set_num_threads(1)

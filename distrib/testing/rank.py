@@ -45,7 +45,9 @@ def address_of(fn: Callable[..., Any]) -> FunctionAddress:
         ValueError: for a lambda or a nested function.
     """
     if "<" in fn.__qualname__:
-        raise ValueError(f"{fn.__qualname__} cannot be imported by the ranks; expected a function at module level")
+        raise ValueError(
+            f"{fn.__qualname__} cannot be imported by the ranks; expected a function at module level"
+        )
     code = inspect.unwrap(fn).__code__
     return FunctionAddress(fn.__module__, str(Path(code.co_filename).resolve()), fn.__qualname__)
 
@@ -55,14 +57,18 @@ def rank_main(
     args: Sequence[Any], kwargs: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Run the function and send (True, result) or (False, Failure)."""
-    multiprocessing.set_start_method(start_method, force=True)  # a child of the fork server would have its own
+    multiprocessing.set_start_method(
+        start_method, force=True
+    )  # a child of the fork server would have its own
     os.environ.update(env)  # noqa: TID251 (this is the edge: the process is the rank)
     with Path(stacks).open("w") as dump:
         faulthandler.register(signal.SIGUSR1, file=dump, all_threads=True)
         try:
             _fresh_generators()
             value = _find(function)(*args, **kwargs)
-            results.send_bytes(pickle.dumps((True, value)))  # not send(): tensors would need this process alive
+            results.send_bytes(
+                pickle.dumps((True, value))
+            )  # not send(): tensors would need this process alive
         except BaseException as error:  # noqa: BLE001 (this is the supervisor's end in the rank)
             results.send_bytes(pickle.dumps((False, _failure(error))))
         faulthandler.unregister(signal.SIGUSR1)
@@ -77,7 +83,7 @@ def _fresh_generators() -> None:
     import torch  # noqa: PLC0415
 
     random.seed()
-    np.random.seed()  # noqa: NPY002
+    np.random.seed()
     torch.seed()
 
 

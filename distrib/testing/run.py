@@ -22,7 +22,7 @@ from distrib.testing.rank import Failure, FunctionAddress, address_of, rank_main
 _AFTER_FAILURE_S = 5.0  # how long the other ranks may take to fail too, so that the first cause can be told
 
 
-class RanksFailed(AssertionError):
+class RanksFailed(AssertionError):  # noqa: N818 (an assertion about several ranks)
     """A rank raised, died or did not finish; the message is the root cause's own traceback."""
 
 

@@ -36,9 +36,7 @@ class Accumulation:
         steps: Micro-steps per window when no prepared loader is read.
     """
 
-    def __init__(
-        self, strategy: Strategy, runtime: Runtime, live: LiveLoaders, steps: int
-    ) -> None:
+    def __init__(self, strategy: Strategy, runtime: Runtime, live: LiveLoaders, steps: int) -> None:
         self._strategy, self._collectives, self._live = strategy, runtime.collectives, live
         self._device, self._steps = runtime.device, steps
         wide, _ = runtime.device_backend.supports(torch.float64)
@@ -64,7 +62,7 @@ class Accumulation:
         self._owners = self._owners_of(models)
         self._inside, self._accumulated = True, self._bound
         try:
-            with self._strategy.gradient_sync(models, self.closes):
+            with self._strategy.gradient_sync(models, enabled=self.closes):
                 yield
         finally:
             self._inside = False

@@ -48,7 +48,9 @@ def global_batches(n: int, size: int, epochs: int, order_of_epoch, *, drop: bool
                 yield order[start : start + size]
 
 
-def train_plainly(n, size, steps, order_of_epoch, *, counted=False, clip=None, dtype=torch.float64, drop=False):
+def train_plainly(
+    n, size, steps, order_of_epoch, *, counted=False, clip=None, dtype=torch.float64, drop=False
+):
     """Return the parameters and losses after `steps` steps, each on one whole global batch."""
     data, model = Samples(n, dtype), make_model(dtype)
     optimizer = make_optimizer(model)

@@ -19,7 +19,9 @@ def world_sizes(strategy: str) -> tuple[int, ...]:
 
 
 CASES = [(name, size) for name in STRATEGIES for size in world_sizes(name)]
-in_every_world = pytest.mark.parametrize(("strategy", "world_size"), CASES, ids=[f"{s}-W{w}" for s, w in CASES])
+in_every_world = pytest.mark.parametrize(
+    ("strategy", "world_size"), CASES, ids=[f"{s}-W{w}" for s, w in CASES]
+)
 
 
 def assert_same(found, expected, *, rtol=1e-9, atol=1e-12):
@@ -46,7 +48,9 @@ def test_token_counts_give_the_mean_over_all_tokens(strategy, world_size, accumu
     n, micro = 41, 3
     size = micro * world_size * accumulation
     expected = train_plainly(n, size, STEPS, lambda _: list(range(n)), counted=True, clip=0.3)
-    for found in run_ranks(train, world_size, strategy, n, micro, accumulation, STEPS, counted=True, clip=0.3):
+    for found in run_ranks(
+        train, world_size, strategy, n, micro, accumulation, STEPS, counted=True, clip=0.3
+    ):
         assert_same(found, expected)
 
 
@@ -55,7 +59,17 @@ def test_shuffled_epochs_meet_the_same_samples_in_each_step(strategy, world_size
     n, size = 29, 12
     expected = train_plainly(n, size, STEPS, shuffled_order(n, 11))
     found = run_ranks(
-        train, world_size, strategy, n, 2, None, STEPS, shuffle=True, global_batch=size, workers=2, zero_grad="start"
+        train,
+        world_size,
+        strategy,
+        n,
+        2,
+        None,
+        STEPS,
+        shuffle=True,
+        global_batch=size,
+        workers=2,
+        zero_grad="start",
     )
     assert_same(found[0], expected)
 
@@ -64,7 +78,9 @@ def test_shuffled_epochs_meet_the_same_samples_in_each_step(strategy, world_size
 def test_clipping_sees_the_norm_of_the_whole_batch(strategy, world_size):
     n = 24
     expected = train_plainly(n, 12, STEPS, lambda _: list(range(n)), clip=0.1)
-    assert_same(run_ranks(train, world_size, strategy, n, 2, None, STEPS, clip=0.1, global_batch=12)[0], expected)
+    assert_same(
+        run_ranks(train, world_size, strategy, n, 2, None, STEPS, clip=0.1, global_batch=12)[0], expected
+    )
 
 
 @in_every_world

@@ -21,7 +21,9 @@ def train(
     dtype=torch.float64, workers=0, global_batch=None, zero_grad="end", seed=11,
 ):  # fmt: skip
     """Train for `steps` optimizer steps; return (parameters, losses of global batches, ids per step)."""
-    options = {"global_batch_size": global_batch} if global_batch else {"gradient_accumulation_steps": accumulation}
+    options = (
+        {"global_batch_size": global_batch} if global_batch else {"gradient_accumulation_steps": accumulation}
+    )
     accelerator = Accelerator(strategy=strategy, seed=seed, cpu=True, **options)
     model = make_model(dtype)
     loader = loader_for(n, micro, shuffle=shuffle, dtype=dtype, num_workers=workers, drop_last=tail == "drop")
@@ -44,7 +46,9 @@ def train(
                 if zero_grad == "end":
                     optimizer.zero_grad()
             weight = tokens if counted else torch.ones_like(tokens)
-            found = accelerator.gather_for_metrics({"id": batch["id"], "loss": (rows * weight).detach(), "w": weight})
+            found = accelerator.gather_for_metrics(
+                {"id": batch["id"], "loss": (rows * weight).detach(), "w": weight}
+            )
             window_ids += found["id"].tolist()
             window_losses.append((found["loss"].sum(), found["w"].sum()))
             if accelerator.sync_gradients:

@@ -38,7 +38,11 @@ def run(
 ):  # fmt: skip
     """Train up to optimizer step `stop`; return (first step, [(step, ids, loss)], parameters, counter)."""
     accelerator = Accelerator(
-        seed=7, cpu=True, project_dir=folder, global_batch_size=global_batch, gradient_accumulation_steps=accumulation
+        seed=7,
+        cpu=True,
+        project_dir=folder,
+        global_batch_size=global_batch,
+        gradient_accumulation_steps=accumulation,
     )
     model = make_model(dropout, dtype)
     optimizer = make_optimizer(model)

@@ -20,11 +20,15 @@ def assert_continues(resumed, whole, *, bitwise: bool):
     first, history, parameters, seen = resumed
     _, expected, true_parameters, true_seen = whole
     assert first == 9
-    assert [entry[:2] for entry in history] == [tuple(entry[:2]) for entry in expected[9:]]  # step and sample ids
+    assert [entry[:2] for entry in history] == [
+        tuple(entry[:2]) for entry in expected[9:]
+    ]  # step and sample ids
     assert [entry[3] for entry in history] == [entry[3] for entry in expected[9:]]  # learning rate
     assert seen == true_seen
     rtol = 0 if bitwise else 1e-9
-    losses = torch.tensor([[entry[2] for entry in history], [entry[2] for entry in expected[9:]]], dtype=torch.float64)
+    losses = torch.tensor(
+        [[entry[2] for entry in history], [entry[2] for entry in expected[9:]]], dtype=torch.float64
+    )
     torch.testing.assert_close(losses[0], losses[1], rtol=rtol, atol=0)
     for name, value in true_parameters.items():
         torch.testing.assert_close(parameters[name], value, rtol=rtol, atol=0 if bitwise else 1e-12)
@@ -60,7 +64,9 @@ def test_float32_stays_within_rounding_at_another_world_size(tmp_path):
     whole = run_ranks(run, 1, tmp_path / "whole", 29, global_batch=12, dtype=torch.float32)
     (tmp_path / "cut").mkdir()
     killed(1, tmp_path / "cut", global_batch=12, dtype=torch.float32)
-    _, history, parameters, _ = run_ranks(run, 2, tmp_path / "cut", 29, global_batch=12, dtype=torch.float32)[0]
+    _, history, parameters, _ = run_ranks(run, 2, tmp_path / "cut", 29, global_batch=12, dtype=torch.float32)[
+        0
+    ]
     assert len(history) == 20
     for name, value in whole[0][2].items():
         torch.testing.assert_close(parameters[name], value, rtol=0, atol=2e-5)

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from distrib_launcher.cli import run
+from distrib_launcher.commands.options import flags
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text("raise SystemExit('it was started')")
+    return tmp_path
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: str, **env: str) -> str:
+    code = run(["launch", *words], env)
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str, **env: str) -> str:
+    code = run(["launch", *words, "train.py"], env)
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    return err
+
+
+def test_a_dry_run_shows_the_command_the_environment_and_each_value_s_source(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    (folder / "distrib.yaml").write_text("seed: 3\n")
+    out = shown(capsys, "-n", "2", "--dry-run", "train.py", "--lr", "1 2", DISTRIB_DATA__TAIL="pad")
+
+    assert "command: python train.py --lr '1 2'" in out
+    assert out.count("MASTER_PORT='<a free port>'") == 2
+    assert "  RANK=1" in out
+    assert "config: distrib.yaml" in out
+    for line in (
+        "launch.nproc_per_node = 2  (--nproc-per-node)",
+        "seed = 3  (distrib.yaml:1)",
+        "(DISTRIB_DATA__TAIL)",
+    ):
+        assert line in out
+
+
+def test_every_rank_gets_the_same_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(capsys, "-n", "2", "--seed", "7", "--dry-run", "train.py")
+    wires = [
+        line.partition("DISTRIB_CONFIG=")[2].strip("'")
+        for line in out.splitlines()
+        if "DISTRIB_CONFIG" in line
+    ]
+
+    assert wires[0] == wires[1]
+    assert ["seed", 7, "flag", "--seed"] in json.loads(wires[0])["settings"]
+
+
+def test_a_flag_overrides_the_file_and_the_plan_says_so(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    (folder / "run.yaml").write_text("seed: 3\n")
+
+    assert "seed = 4 (--seed) overrides 3 (run.yaml:1)" in shown(
+        capsys, "-c", "run.yaml", "--seed", "4", "--dry-run", "train.py"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        (["--cpu"], "device = 'cpu'"),
+        (["--device", "cpu"], "device = 'cpu'"),
+        (["--num_processes", "2"], "launch.nproc_per_node = 2"),
+        (["--nproc_per_node=2"], "launch.nproc_per_node = 2"),
+        (["-n2"], "launch.nproc_per_node = 2"),
+        (["--mixed_precision", "no"], "mixed_precision = 'no'"),
+        (["--mixed-precision", "bf16"], "mixed_precision = 'bf16'"),
+        (["--multi_gpu"], "strategy = 'ddp'"),
+        (["--grace", "2.5"], "launch.grace_s = 2.5"),
+        (["--collective-timeout", "60"], "watch.stall_timeout_s = 60"),
+        (["--set", "data.tail=pad"], "data.tail = 'pad'"),
+        (["--set", "checkpoint.keep_last=2"], "checkpoint.keep_last = 2"),
+        (["--gradient-accumulation-steps", "4"], "gradient_accumulation_steps = 4"),
+    ],
+)
+def test_a_flag_sets_its_key(capsys: pytest.CaptureFixture[str], words: list[str], setting: str) -> None:
+    assert setting in shown(capsys, *words, "--explain")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--nproc-per-nod", "2"], ["D0306", "--nproc-per-nod", "did you mean '--nproc-per-node'"]),
+        (["-n", "0"], ["D0106", "--nproc-per-node", "got 0"]),
+        (["-n", "two"], ["D0106", "--nproc-per-node", "'two'"]),
+        (["-n", "2", "--num-processes", "3"], ["D0308", "--nproc-per-node", "--num-processes"]),
+        (["--set", "seed"], ["D0309", "seed", "KEY=VALUE"]),
+        (["--set", "sed=3"], ["D0105", "--set sed", "seed"]),
+        (["--strategy", "single", "-n", "2"], ["D0310", "--strategy", "2"]),
+        (["--use_deepspeed"], ["D0901", "--use-deepspeed", "deepspeed"]),
+        (["--nnodes", "2"], ["D0901", "--nnodes"]),
+        (["--backend", "slurm"], ["D0901", "--backend"]),
+        (["--max-restarts", "1"], ["D0901", "--max-restarts"]),
+        (["--start-method", "fork"], ["D0901", "--start-method"]),
+        (["--log-dir", "logs"], ["D0901", "--log-dir"]),
+        (["--hostfile", "hosts"], ["D0901", "--hostfile"]),
+        (["--rdzv_backend", "c10d"], ["D0901", "--rdzv-backend"]),
+        (["--machine_rank", "0"], ["D0901", "--machine-rank"]),
+        (["-c", "none.yaml"], ["D0102", "none.yaml"]),
+        (["--master-port", "99999"], ["D0106", "--master-port", "99999"]),
+    ],
+)
+def test_a_wrong_option_is_refused_and_nothing_is_started(
+    capsys: pytest.CaptureFixture[str], words: list[str], parts: list[str]
+) -> None:
+    err = refused(capsys, *words)
+
+    assert err.startswith("error[")
+    assert "fix:" in err
+    assert [part for part in parts if part not in err] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["tran.py"], ["D0304", "tran.py", "did you mean 'train.py'"]),
+        (["-m", "no_such_module.main"], ["D0304", "no_such_module"]),
+        (["--no-python", "no-such-command"], ["D0304", "no-such-command"]),
+        (["."], ["D0304", "__main__.py"]),
+        ([], ["D0303", "no program"]),
+    ],
+)
+def test_a_missing_program_is_found_before_anything_is_started(
+    capsys: pytest.CaptureFixture[str], words: list[str], parts: list[str]
+) -> None:
+    code = run(["launch", *words], {"PATH": "/usr/bin:/bin"})
+
+    err = capsys.readouterr().err
+    assert code == 2
+    assert [part for part in parts if part not in err] == []
+
+
+def test_the_program_s_arguments_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(capsys, "--dry-run", "train.py", "-n", "3", "--", "--set", "x", "--help")
+
+    assert "command: python train.py -n 3 -- --set x --help" in out
+    assert "processes: 1" in out
+
+
+def test_a_module_s_arguments_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "command: python -m json.tool -m --no-python" in shown(
+        capsys, "-m", "--dry-run", "json.tool", "-m", "--no-python"
+    )
+
+
+def test_a_user_s_thread_count_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "threads: 3 (OMP_NUM_THREADS=3)" in shown(capsys, "--dry-run", "train.py", OMP_NUM_THREADS="3")
+
+
+def test_a_thread_count_that_is_no_number_exits_with_the_environment_s_code(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["launch", "train.py"], {"OMP_NUM_THREADS": "many"}) == 3
+    assert "D0202" in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["lunch"], {}) == 2
+    assert "did you mean 'launch'" in capsys.readouterr().err
+
+
+def test_the_same_value_twice_is_no_contradiction() -> None:
+    assert flags([("seed", "1", "--seed")], ["seed=1"]) == {"seed": ("1", "--seed")}
