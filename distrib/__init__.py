@@ -11,32 +11,14 @@ if TYPE_CHECKING:
     from distrib.config import RunConfig as RunConfig
     from distrib.errors import (
         CheckpointError as CheckpointError,
-    )
-    from distrib.errors import (
         CollectiveError as CollectiveError,
-    )
-    from distrib.errors import (
         ConfigError as ConfigError,
-    )
-    from distrib.errors import (
         DataError as DataError,
-    )
-    from distrib.errors import (
         DistribError as DistribError,
-    )
-    from distrib.errors import (
         LaunchError as LaunchError,
-    )
-    from distrib.errors import (
         NotBuiltError as NotBuiltError,
-    )
-    from distrib.errors import (
         StrategyError as StrategyError,
-    )
-    from distrib.errors import (
         TopologyError as TopologyError,
-    )
-    from distrib.errors import (
         TrainingError as TrainingError,
     )
     from distrib.logging import get_logger as get_logger

@@ -5,8 +5,7 @@ from collections import Counter, OrderedDict
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from distrib.checkpoint.codec import decode, encode
 from distrib.checkpoint.format import parse_json

@@ -8,8 +8,7 @@ import random
 import pytest
 import torch
 
-from distrib.checkpoint import Contents, inspect, open_checkpoint, rng, save, verify
-from distrib.checkpoint import files as reading
+from distrib.checkpoint import Contents, files as reading, inspect, open_checkpoint, rng, save, verify
 from distrib.checkpoint.format import canonical_json, checksum
 from distrib.errors import CheckpointError
 from tests.unit.checkpointing import ALONE, contents, on_ranks, sample, state_of, values, zeros_like

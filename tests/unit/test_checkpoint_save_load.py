@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from distrib.checkpoint import Contents, inspect, latest, open_checkpoint, retain, rng, save, verify
 from distrib.checkpoint.storage import Storage

@@ -4,8 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 import xxhash
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from distrib.checkpoint.format import DTYPES
 from distrib.checkpoint.plan import numel

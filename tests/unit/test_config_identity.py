@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import settings as examples
-from hypothesis import strategies as st
+from hypothesis import given, settings as examples, strategies as st
 
 from distrib.config import RunConfig, dump_config, from_wire, load_config, overridden, to_wire
 from distrib.config.documents import dump, parse, plain

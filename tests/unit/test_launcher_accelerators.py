@@ -4,8 +4,7 @@ import sys
 
 import pytest
 from distrib_launcher.accelerators import count_gpus, processes_for, torch_is_built_for_cuda
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 EIGHT = [f"nvidia{i}" for i in range(8)]
 OTHERS = ["nvidiactl", "nvidia-uvm", "nvidia-caps", "null", "tty0"]

@@ -4,8 +4,7 @@ import itertools
 import os
 
 from distrib_launcher.output import Assembler, Pump, Source, Surface
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 LINE = st.binary(max_size=20).map(lambda raw: raw.replace(b"\n", b"").replace(b"\r", b""))
 

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 from distrib_launcher.process import Ended, Outcome
 from distrib_launcher.report import MAX_LINES, exit_code, render
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 
 def raised(rank: int, at: float, name: str = "ValueError", *, stopped: bool = False, **event: Any) -> Outcome:

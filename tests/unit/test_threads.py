@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from distrib.errors import TopologyError
 from distrib.topology.threads import cgroup_cores, threads_per_rank, usable_cores
