@@ -54,22 +54,36 @@ def main() -> None:
 def tie_to_launcher(life: int, launcher: int) -> None:
     """See to it that this process group is killed when the launcher ends, however it ends.
 
-    On Linux the kernel does it all, even for a process that is stopped or stuck in native code: the parent-death
-    signal, and SIGKILL to the group when the pipe's other end closes. Elsewhere a thread watches the pipe.
+    On Linux the kernel does it, even for a process that is stopped or stuck in native code: SIGKILL to the group when
+    the pipe's other end closes. Elsewhere a thread watches the pipe.
     """
     os.set_inheritable(life, False)
-    if sys.platform == "linux":
+    if sys.platform != "linux":
+        threading.Thread(target=_end_with_pipe, args=(life,), daemon=True).start()
+    elif not _killed_with_pipe(life):
         import ctypes  # noqa: PLC0415 (needed only here)
-        import fcntl  # noqa: PLC0415 (not on every platform)
 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != launcher:  # it ended before we were tied
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killed_with_pipe(life: int) -> bool:
+    """Let the kernel kill our group when the pipe's other end closes; False where it cannot.
+
+    The parent-death signal is only the substitute: it kills this process alone, and as soon as the launcher's main
+    thread is gone. Then nobody would hold the pipe any more when the launcher's last thread closes it, and what this
+    process has started would live on.
+    """
+    import fcntl  # noqa: PLC0415 (not on every platform)
+
+    try:
         fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
         fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
-    else:
-        threading.Thread(target=_end_with_pipe, args=(life,), daemon=True).start()
-    if os.getppid() != launcher:  # it ended before we were tied
-        os.kill(os.getpid(), signal.SIGKILL)
+    except OSError:
+        return False
+    return True
 
 
 def _end_with_pipe(life: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -44,6 +45,16 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "distrib", "launch", *map(str, words)]
 
 
+@contextmanager
+def _default_signals() -> Iterator[None]:
+    """Let a started process have SIGHUP's default effect, even if the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def environment(**extra: str) -> dict[str, str]:
     root = Path(__file__).parents[2]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("DISTRIB_")}
@@ -68,15 +79,16 @@ def launch(*words: object, cwd: Path, **extra: str) -> Launched:
 @contextmanager
 def launching(*words: object, cwd: Path) -> Iterator[subprocess.Popen[str]]:
     """Start a launch; whatever the test does, none of its processes is left afterwards."""
-    process = subprocess.Popen(
-        command(*words),
-        cwd=cwd,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
+    with _default_signals():
+        process = subprocess.Popen(
+            command(*words),
+            cwd=cwd,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
     try:
         yield process
     finally:
@@ -93,14 +105,21 @@ def ended(process: subprocess.Popen[str]) -> Launched:
 
 
 def pids(folder: Path, count: int) -> list[psutil.Process]:
-    """Wait until `count` processes of the script have left a file `<pid>.pid` in the folder."""
+    """Wait until `count` processes of the script have left a file `<pid>.pid`; return those that still live."""
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
         found = list(folder.glob("*.pid"))
         if len(found) >= count:
-            return [psutil.Process(int(path.stem)) for path in found]
+            return [process for path in found for process in _living(int(path.stem))]
         time.sleep(0.02)
     raise AssertionError(f"only {found} after {LIMIT_S} s")
+
+
+def _living(pid: int) -> list[psutil.Process]:
+    try:
+        return [psutil.Process(pid)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def all_gone(processes: list[psutil.Process], within_s: float) -> bool:

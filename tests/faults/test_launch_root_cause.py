@@ -15,7 +15,7 @@ JOINED = """
     from distrib.topology import detect_topology
 
     topology = detect_topology(os.environ)
-    group = connect(topology, "gloo", torch.device("cpu"), 60)
+    group = connect(topology, "gloo", torch.device("cpu"), 60, 60)
     ones = group.all_reduce_(torch.ones(1))
     print("sum", ones.item())
 """
