@@ -26,8 +26,8 @@ check: $(VENV)/.dev  ## Format, lint, types, layers and unit tests, in under a m
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/arch tests/unit
 
-bench: $(VENV)/.dev  ## Compare cost with hand-written PyTorch, side by side
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/.bench  ## Compare cost with hand-written PyTorch and Accelerate; SUITES="steps data" for some
+	$(BIN)/python -m benchmarks $(SUITES)
 
 clean:  ## Remove the virtual environment and what builds leave
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -44,4 +44,8 @@ $(VENV)/.run: setup.cfg constraints.txt
 
 $(VENV)/.dev: $(VENV)/.run
 	$(PIP) install -c $(UNPINNED) "$(TORCH)" -e ".[dev]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.run
+	$(PIP) install -c $(UNPINNED) "$(TORCH)" -e ".[bench]"
 	@touch $@

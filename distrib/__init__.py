@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distrib import testing as testing
+    from distrib import testing as testing, tracking as tracking
     from distrib.accelerator import Accelerator as Accelerator
     from distrib.config import RunConfig as RunConfig
     from distrib.errors import (
@@ -42,8 +42,10 @@ _WHERE = {
     "CheckpointError": "distrib.errors",
     "StrategyError": "distrib.errors",
 }
-_NOT_BUILT = ("notebook_launcher", "init_empty", "find_executable_batch_size", "LocalSGD")
-_MODULES = ("testing",)
+_NOT_BUILT = (
+    "notebook_launcher", "init_empty", "find_executable_batch_size", "LocalSGD", "launch", "compat",
+)  # fmt: skip
+_MODULES = ("testing", "tracking")
 
 __all__ = [*_WHERE, *_MODULES]  # noqa: PLE0604 (names come from the tables above)
 
@@ -59,6 +61,7 @@ def __getattr__(name: str) -> Any:
     if name in _NOT_BUILT:
         from distrib.errors import NotBuiltError  # noqa: PLC0415 (only on this path)
 
+        # No AttributeError: `from distrib import` would turn it into an ImportError that does not say why.
         raise NotBuiltError(f"distrib.{name}")
     raise AttributeError(f"module 'distrib' has no attribute {name!r}")
 

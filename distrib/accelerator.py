@@ -5,9 +5,9 @@ from __future__ import annotations
 import atexit
 import functools
 import os
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from distrib.checkpoint import export_model, latest, retain
+from distrib.collectives.inputs import check_rank, check_tensors
+from distrib.collectives.split import split
+from distrib.collectives.sync import check_in_sync
 from distrib.collectives.trees import map_tensors
 from distrib.config import RunConfig
 from distrib.data import (
@@ -28,22 +31,22 @@ from distrib.data import (
     gather_true_rows,
     refuse_after_the_loop,
 )
-from distrib.errors import DataError, NotBuiltError, StrategyError
+from distrib.errors import DataError, NotBuiltError, NotBuiltNameError, StrategyError
 from distrib.logging import notice
-from distrib.precision import autocast, remove_precision
+from distrib.precision import LossScaler, autocast, remove_precision
 from distrib.run_state import RunState, load_run, save_run
 from distrib.seeding import derive, part_noise_streams, set_seed
 from distrib.startup import call_site, read_config, start
 from distrib.state import TrainState
+from distrib.strategies.slices import parameter_names, plain_name
 from distrib.topology import Mesh, Topology
+from distrib.tracking import TRACKERS, Session, Tracker, split_names
 from distrib.training import Accumulation, PreparedOptimizer, PreparedScheduler
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _NOT_BUILT = frozenset({
-    "check_in_sync", "check_trigger", "gathered", "get_tracker", "init_trackers", "join_uneven_inputs", "log",
-    "pad_across_processes", "profile", "progress", "register_load_state_pre_hook", "register_save_state_pre_hook",
-    "set_trigger", "should_stop", "split_between_processes", "trackers",
+    "gathered", "profile", "progress", "register_load_state_pre_hook", "register_save_state_pre_hook", "should_stop",
 })  # fmt: skip
 
 
@@ -65,11 +68,11 @@ class Accelerator:
         config: Settings, or a file of them. Default: what `distrib launch` passed, else the file that
             DISTRIB_CONFIG_FILE names, else defaults.
         strategy: "auto", "single" or "ddp".
-        mixed_precision: "no" or "bf16".
+        mixed_precision: "no", "bf16" or "fp16".
         gradient_accumulation_steps: Micro-steps per optimizer step; 1 by default. Not together with the next.
         global_batch_size: Samples per optimizer step over all ranks.
         project_dir: Where relative paths of outputs begin; the working directory by default.
-        log_with: Trackers; not built yet.
+        log_with: A tracker's name, a `distrib.tracking.Tracker` of your own, or a list of these.
         seed: Seed of everything random; `set_seed` may be used instead.
         cpu: True to stay on the CPU, like `device: cpu`.
 
@@ -91,13 +94,14 @@ class Accelerator:
         seed: int | None = None,
         cpu: bool | None = None,
     ) -> None:
+        tracker_names, own_trackers = split_names(log_with)
         arguments = {
             "strategy": strategy,
             "mixed_precision": mixed_precision,
             "gradient_accumulation_steps": gradient_accumulation_steps,
             "global_batch_size": global_batch_size,
             "project_dir": None if project_dir is None else str(project_dir),
-            "tracking.log_with": log_with,
+            "tracking.log_with": tracker_names,
             "seed": seed,
             "device": "cpu" if cpu else None,
         }
@@ -111,16 +115,21 @@ class Accelerator:
         self._seed: int | None = None
         self._live = LiveLoaders()
         self._run = RunState()
-        steps = self._config.gradient_accumulation_steps or 1
-        self._accumulation = Accumulation(self._strategy, self._runtime, self._live, steps)
+        self._run.scaler = LossScaler() if self._runtime.precision.loss_scaling == "dynamic" else None
+        self._accumulation = self._new_accumulation()
         self._last_norm: Tensor | None = None
-        atexit.register(_close, weakref.ref(self))
+        self._triggered = False
+        self._tracking = Session(
+            self._config.tracking.log_with, own_trackers, TRACKERS, self._runtime.collectives
+        )
+        atexit.register(self._runtime.collectives.close)
+        atexit.register(self._tracking.finish)
         if self.is_main_process:
             notice(started.summary)
 
     def __getattr__(self, name: str) -> Any:
         if name in _NOT_BUILT:
-            raise NotBuiltError(f"Accelerator.{name}")
+            raise NotBuiltNameError(f"Accelerator.{name}")
         raise AttributeError(f"'Accelerator' object has no attribute {name!r}")
 
     # Who and where
@@ -177,13 +186,13 @@ class Accelerator:
 
     @property
     def mixed_precision(self) -> str:
-        """Name of the precision policy: "no", "bf16"."""
+        """Name of the precision policy: "no", "bf16", "fp16"."""
         return self._runtime.precision.name
 
     @property
-    def scaler(self) -> None:
-        """The loss scaler; none of this version's number formats needs one."""
-        return
+    def scaler(self) -> LossScaler | None:
+        """The loss scaler of fp16; None for number formats that need none."""
+        return self._run.scaler
 
     @property
     def project_dir(self) -> Path:
@@ -204,18 +213,17 @@ class Accelerator:
             StrategyError: for an object of another kind.
         """
         kinds = [self._role(x) for x in objects]
-        found: dict[int, Any] = {}
         new_models = [x for x, kind in zip(objects, kinds, strict=True) if kind == "model"]
         new_optimizers = [x for x, kind in zip(objects, kinds, strict=True) if kind == "optimizer"]
         if new_models or new_optimizers:
-            found.update(self._prepare_trained(new_models, new_optimizers))
+            self._prepare_trained(new_models, new_optimizers)
         for x, kind in zip(objects, kinds, strict=True):
             if kind == "loader":
-                found[id(x)] = self._prepare_loader(x)
+                self._prepare_loader(x)
             elif kind == "scheduler":
-                found[id(x)] = PreparedScheduler(x, self._run.optimizers)
-                self._run.schedulers.append(found[id(x)])
-        prepared = tuple(found.get(id(x), x) for x in objects)
+                self._run.schedulers.append(PreparedScheduler(x, self._run.optimizers))
+                self._run.remember(x, self._run.schedulers[-1])
+        prepared = tuple(self._run.prepared(x) for x in objects)
         return prepared[0] if len(prepared) == 1 else prepared
 
     def prepare_model(self, model: nn.Module, *, evaluation_mode: bool = False) -> nn.Module:
@@ -235,16 +243,26 @@ class Accelerator:
         prepared: PreparedScheduler = self.prepare(scheduler)
         return prepared
 
-    def prepare_data_loader(self, data_loader: DataLoader[Any]) -> PreparedDataLoader:
-        """Prepare one data loader. Collective."""
+    def prepare_data_loader(
+        self, data_loader: DataLoader[Any], *, is_distributed: bool | None = None
+    ) -> PreparedDataLoader:
+        """Prepare one data loader. Collective.
+
+        Args:
+            data_loader: The user's.
+            is_distributed: For iterable data: whether each rank's stream is a part of its own already. None finds out
+                where the data set tells (Hugging Face's `split_dataset_by_node`), and takes it for whole elsewhere.
+        """
+        if self._role(data_loader) == "loader":
+            self._prepare_loader(data_loader, is_distributed=is_distributed)
         prepared: PreparedDataLoader = self.prepare(data_loader)
         return prepared
 
     def _role(self, x: Any) -> str:
-        if x is None or isinstance(x, (PreparedOptimizer, PreparedScheduler, PreparedDataLoader)):
+        if x is None or self._run.is_prepared(x):
             return "done"
         if isinstance(x, nn.Module):
-            return "done" if any(x is model for model in self._run.models) else "model"
+            return "model"
         if isinstance(x, Optimizer):
             return "optimizer"
         if isinstance(x, DataLoader):
@@ -257,19 +275,29 @@ class Accelerator:
             fix="leave it out of prepare; it works as it is, or wrap its data in a torch.utils.data.DataLoader",
         )
 
-    def _prepare_trained(self, models: list[nn.Module], optimizers: list[Optimizer]) -> dict[int, Any]:
+    def _prepare_trained(self, models: list[nn.Module], optimizers: list[Optimizer]) -> None:
         seed = self._run_seed()
         state = self._strategy.prepare(TrainState(tuple(models), tuple(optimizers)))
-        found: dict[int, Any] = dict(zip(map(id, models), state.models, strict=True))
         self._run.models.extend(state.models)
+        for model, wrapped in zip(models, state.models, strict=True):
+            self._run.remember(model, wrapped)
         for given, own in zip(optimizers, state.optimizers, strict=True):
-            found[id(given)] = PreparedOptimizer(own, self._strategy, self._accumulation, self._live)
-            self._run.optimizers.append(found[id(given)])
+            self._run.optimizers.append(PreparedOptimizer(own, self._strategy, self._accumulation))
+            self._run.remember(given, self._run.optimizers[-1])
         if models:
             part_noise_streams(self.process_index, seed)
-        return found
 
-    def _prepare_loader(self, loader: DataLoader[Any]) -> PreparedDataLoader:
+    def _new_accumulation(self) -> Accumulation:
+        return Accumulation(
+            self._strategy,
+            self._runtime,
+            self._live,
+            self.gradient_accumulation_steps,
+            scaler=self._run.scaler,
+            names=lambda: parameter_names([self._strategy.unwrap(model) for model in self._run.models]),
+        )
+
+    def _prepare_loader(self, loader: DataLoader[Any], *, is_distributed: bool | None = None) -> None:
         own = loader.generator.initial_seed() if loader.generator is not None else None
         index = len(self._run.loaders)
         seed = self._runtime.collectives.broadcast_object(own)
@@ -283,10 +311,15 @@ class Accelerator:
             seed=seed,
             global_batch_size=self._config.global_batch_size,
             accumulation=self._config.gradient_accumulation_steps or 1,
+            collectives=self._runtime.collectives,
+            device_backend=self._runtime.device_backend,
+            prefetch=self._config.data.prefetch,
+            dispatch=self._config.data.dispatch,
+            is_distributed=is_distributed,
         )
         prepared = PreparedDataLoader(loader, options, self._live, lambda: bool(self._run.optimizers))
         self._run.loaders.append(prepared)
-        return prepared
+        self._run.remember(loader, prepared)
 
     def _run_seed(self) -> int:
         """The seed of all streams: `seed=`, else the last `set_seed`, else what torch drew; rank 0's. Collective."""
@@ -303,11 +336,36 @@ class Accelerator:
         The batch that a prepared loader yielded last says whether it is the window's last; without a prepared
         loader, every `gradient_accumulation_steps`-th call is.
         """
-        return self._accumulation.accumulate(models)
+        return self._accumulation.scopes.get(models) or self._accumulation.accumulate(models)
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         """Return a context in which gradients of `model` stay on the rank."""
         return self._strategy.gradient_sync((model,), enabled=False)
+
+    def join_uneven_inputs(
+        self, models: nn.Module | Sequence[nn.Module], even_batches: bool | None = None  # noqa: FBT001
+    ) -> AbstractContextManager[None]:  # fmt: skip
+        """Return a context in which a rank may run out of batches first; it then takes part without gradients.
+
+        For loops over data that are not a prepared loader's: a prepared one gives every rank equally many batches.
+        Inside, call `backward` once per forward and without `count=`. Where gradients are not averaged between
+        ranks, the context does nothing.
+
+        Args:
+            models: Prepared models.
+            even_batches: Accelerate's switch for its loaders; it has no meaning here, and is warned about.
+
+        Raises:
+            StrategyError: if a model talks in ways that a rank without batches could not follow.
+        """
+        if even_batches is not None:
+            warnings.warn(
+                f"join_uneven_inputs: even_batches={even_batches} has no meaning here, since a prepared loader gives "
+                "every rank equally many batches; data.tail says how an epoch ends",
+                stacklevel=2,
+            )
+        join = getattr(self._strategy, "join_uneven_inputs", None)
+        return nullcontext() if join is None else join([models] if isinstance(models, nn.Module) else models)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of the run's precision, for computations outside a prepared model."""
@@ -337,17 +395,19 @@ class Accelerator:
         Returns:
             0-d: the global norm before clipping; in mid-window, that of the last complete window (0 at first).
         """
-        parameters = _listed(parameters)
         if self._accumulation.closes:
-            self._accumulation.finish(parameters)
+            parameters = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+            if self._accumulation.divides:
+                self._accumulation.finish_for(parameters)
             self._last_norm = self._strategy.clip_grad_norm_(parameters, max_norm, norm_type)
         return torch.zeros((), device=self.device) if self._last_norm is None else self._last_norm
 
     def clip_grad_value_(self, parameters: Iterable[nn.Parameter] | nn.Parameter, clip_value: float) -> None:
         """Clamp gradients to [-clip_value, clip_value], at a window's end; else do nothing. Collective."""
-        parameters = _listed(parameters)
         if self._accumulation.closes:
-            self._accumulation.finish(parameters)
+            parameters = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+            if self._accumulation.divides:
+                self._accumulation.finish_for(parameters)
             self._strategy.clip_grad_value_(parameters, clip_value)
 
     @property
@@ -395,8 +455,14 @@ class Accelerator:
 
         Args:
             x: Tensors (n, *s) in any nesting; n may differ between ranks. A 0-d tensor counts as (1,).
+
+        Raises:
+            CollectiveError: on every rank, if one does something else; with both calls and their lines.
+            DataError: for numbers, arrays, and a nesting without tensors.
         """
-        return self._runtime.collectives.gather(x)
+        found = self._runtime.collectives.gather(x)
+        check_tensors("gather", x)
+        return found
 
     def gather_for_metrics(
         self, x: Any, use_gather_object: bool = False, *, loader: PreparedDataLoader | None = None  # noqa: FBT001, FBT002
@@ -423,15 +489,45 @@ class Accelerator:
             x: Tensors in any nesting, equal shapes on all ranks.
             reduction: "sum", "mean", "max", "min"; or "none" to do nothing.
             scale: Factor of the result.
+
+        Raises:
+            CollectiveError: on every rank, if one does something else; with both calls and their lines.
+            DataError: for numbers, arrays, and a nesting without tensors.
         """
         if reduction == "none":
             return x
         reduced = self._runtime.collectives.reduce(x, _reduction(reduction))
+        check_tensors("reduce", x)
         return reduced if scale == 1.0 else map_tensors(lambda tensor: tensor * scale, reduced)
 
     def broadcast(self, x: Any, from_process: int = 0) -> Any:
-        """Return rank `from_process`'s tensors on every rank. Collective."""
-        return self._runtime.collectives.broadcast(x, from_process)
+        """Return rank `from_process`'s tensors on every rank; the others give some of equal shapes. Collective.
+
+        Raises:
+            CollectiveError: if there is no such rank; on every rank, if one does something else.
+            DataError: for numbers, arrays, and a nesting without tensors.
+        """
+        found = self._runtime.collectives.broadcast(x, from_process)
+        check_tensors("broadcast", x)
+        return found
+
+    def pad_across_processes(
+        self, x: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False  # noqa: FBT001, FBT002
+    ) -> Any:  # fmt: skip
+        """Fill up `dim` of each tensor of `x` to the largest size on any rank, in one small exchange. Collective.
+
+        Args:
+            x: Tensors in any nesting. One that has no such dim comes back as a copy.
+            dim: What is filled up; negative counts from the end.
+            pad_index: What with.
+            pad_first: Whether the filling goes before the data.
+
+        Raises:
+            DataError: if no tensor has such a dim; for numbers, arrays, and a nesting without tensors.
+        """
+        found = self._runtime.collectives.pad(x, dim, pad_index, first=pad_first)
+        check_tensors("pad_across_processes", x)
+        return found
 
     def gather_object(self, x: Any) -> list[Any]:
         """Return every rank's picklable object, in rank order. Collective."""
@@ -443,7 +539,19 @@ class Accelerator:
 
     def wait_for_everyone(self) -> None:
         """Return when every rank has called it. Collective."""
-        self._runtime.collectives.barrier(f"wait_for_everyone at {call_site()}")
+        self._runtime.collectives.barrier("wait_for_everyone")
+
+    def check_in_sync(self, *models: nn.Module) -> None:
+        """Compare every parameter and buffer over the ranks, bit by bit. Collective.
+
+        Args:
+            models: Prepared or plain; all prepared ones by default.
+
+        Raises:
+            StrategyError: on every rank, naming the first tensor that differs and which ranks hold what.
+        """
+        plain = [self._strategy.unwrap(model) for model in models or self._run.models]
+        check_in_sync(plain, self._runtime.collectives)
 
     # Checkpoints
 
@@ -556,7 +664,7 @@ class Accelerator:
     def get_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """Return the plain model's state dict, on every rank. Collective."""
         with self._strategy.gathered(model) as plain:
-            return plain.state_dict()
+            return {plain_name(name): value for name, value in plain.state_dict().items()}
 
     def skip_first_batches(self, loader: PreparedDataLoader, num_batches: int = 0) -> PreparedDataLoader:
         """Let the next loop over `loader` start at the epoch's batch `num_batches`, reading none before it.
@@ -609,11 +717,9 @@ class Accelerator:
 
     def free_memory(self, *objects: Any) -> Any:
         """Forget all that was prepared and give cached device memory back; returns a None for each object."""
-        self._run = RunState()
+        self._run = RunState(scaler=self._run.scaler)
         self._live = LiveLoaders()
-        self._accumulation = Accumulation(
-            self._strategy, self._runtime, self._live, self.gradient_accumulation_steps
-        )
+        self._accumulation = self._new_accumulation()
         self._runtime.device_backend.empty_cache()
         return None if len(objects) == 1 else (None,) * len(objects)
 
@@ -638,33 +744,108 @@ class Accelerator:
 
     def on_process(self, function: F | None = None, process_index: int | None = None) -> Any:
         """Let `function` run on one rank only; elsewhere it returns None. Also usable as a decorator with arguments."""
+        chosen = check_rank("on_process: rank", process_index, self.num_processes)
         if function is None:
-            return functools.partial(self.on_process, process_index=process_index)
-        return _only(lambda: self.process_index == process_index, function)
+            return functools.partial(self.on_process, process_index=chosen)
+        return _only(lambda: self.process_index == chosen, function)
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """Run the body on rank 0 first, then on all others. Collective."""
-        with self._first(self.is_main_process):
+        """Run the body on rank 0 first, then on all others. Collective.
+
+        The others wait as long as it takes; no device is involved. What the body raises is raised on them too.
+        """
+        with self._runtime.collectives.first("main", place=self.process_index, members=self.num_processes):
             yield
 
     @contextmanager
     def local_main_process_first(self) -> Iterator[None]:
-        """Run the body on the first rank of each node first, then on all others. Collective."""
-        with self._first(self.is_local_main_process):
+        """Run the body on the first rank of each node first, then on the node's others. Collective."""
+        place = self.topology
+        with self._runtime.collectives.first(
+            f"node {place.node_rank}", place=place.local_rank, members=place.local_world_size
+        ):
             yield
 
     @contextmanager
-    def _first(self, first: bool) -> Iterator[None]:  # noqa: FBT001
-        barrier = functools.partial(self._runtime.collectives.barrier, "the main process goes first")
-        if not first:
-            barrier()
-        yield
-        if first:
-            barrier()
+    def split_between_processes(self, x: Any, apply_padding: bool = False) -> Iterator[Any]:  # noqa: FBT001, FBT002
+        """Give each rank its part of a collection: contiguous, in order, the first ranks one item more.
+
+        Args:
+            x: The same list, tuple, range, array or tensor (n, ...) on every rank, or a dict of such of one length.
+            apply_padding: Give every rank as many items as the first has, by repeating the last item of `x`.
+
+        Raises:
+            DataError: for anything else.
+        """
+        yield split(x, self.process_index, self.num_processes, padded=apply_padding)
+
+    def set_trigger(self) -> None:
+        """Let the next `check_trigger` be true on every rank."""
+        self._triggered = True
+
+    def check_trigger(self) -> bool:
+        """Return whether any rank has called `set_trigger` since the last check. Collective."""
+        mine, self._triggered = torch.tensor(self._triggered, device="cpu"), False
+        return bool(self._runtime.collectives.reduce(mine, "max"))
+
+    # Tracking
+
+    def init_trackers(
+        self,
+        project_name: str,
+        config: Mapping[str, Any] | None = None,
+        init_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Start the trackers of `tracking.log_with` on the main rank. Collective.
+
+        Args:
+            project_name: Names the run's record: a file or folder in `project_dir`.
+            config: Settings to be recorded with it.
+            init_kwargs: Options of a tracker, by its name.
+
+        Raises:
+            StrategyError: on every rank, if a tracker is not installed or has no such option.
+        """
+        self._tracking.start(project_name, self.project_dir, config, init_kwargs or {})
+
+    @property
+    def trackers(self) -> list[Tracker]:
+        """The running trackers; on other ranks than the main one, stand-ins that do nothing."""
+        return self._tracking.trackers
+
+    def get_tracker(self, name: str, unwrap: bool = False) -> Any:  # noqa: FBT001, FBT002
+        """Return a running tracker; on other ranks than the main one, a stand-in that does nothing.
+
+        Args:
+            name: Such as "tensorboard".
+            unwrap: Return the object behind it, such as a SummaryWriter; None on other ranks.
+
+        Raises:
+            StrategyError: if it does not run.
+        """
+        tracker = self._tracking.get(name)
+        return tracker.tracker if unwrap else tracker
+
+    def log(self, values: Mapping[str, Any], step: int | None = None) -> dict[str, float]:
+        """Reduce values over the ranks, all in one collective, and let the main rank's trackers write them. Collective.
+
+        Args:
+            values: Name -> `distrib.tracking.Mean`, `Sum`, `Max` or `Min`; a bare number or 0-d tensor is a Mean.
+            step: When they were measured.
+
+        Returns:
+            The reduced values, equal on every rank.
+
+        Raises:
+            DataError: for a value that is no number.
+            CollectiveError: on every rank, if they do not log the same names.
+        """
+        return self._tracking.log(values, step)
 
     def end_training(self) -> None:
-        """Leave the process group; called at exit too."""
+        """Close the trackers and leave the process group; called at exit too."""
+        self._tracking.finish()
         self._runtime.collectives.close()
 
 
@@ -680,13 +861,3 @@ def _reduction(name: str) -> Any:
     if name not in ("sum", "mean", "max", "min"):
         raise DataError("D0507", f"unknown reduction {name!r}; expected sum, mean, max, min or none")
     return name
-
-
-def _listed(parameters: Iterable[nn.Parameter] | nn.Parameter) -> list[nn.Parameter]:
-    return [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
-
-
-def _close(reference: weakref.ref[Accelerator]) -> None:
-    accelerator = reference()
-    if accelerator is not None:
-        accelerator.end_training()

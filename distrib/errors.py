@@ -81,6 +81,10 @@ class NotBuiltError(ConfigError):
         return _rebuild_not_built, (self.code, self.problem, self.where, self.fix)
 
 
+class NotBuiltNameError(NotBuiltError, AttributeError):
+    """A name of the design that this version does not have; `hasattr` is False for it."""
+
+
 def _rebuild_not_built(code: str, problem: str, where: str | None, fix: str | None) -> NotBuiltError:
     return NotBuiltError("", code=code, problem=problem, where=where, fix=fix)
 

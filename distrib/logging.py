@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from distrib.errors import NotBuiltError
+from distrib.errors import CollectiveError, ConfigError
 
 
 class RankLogger(logging.LoggerAdapter[logging.Logger]):
-    """A standard logger whose calls are made on the main process only, unless `main_process_only=False`."""
+    """A standard logger whose calls are made on the main process only, unless a call says otherwise."""
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log like `logging.Logger.log`; `main_process_only` (default True) decides on which ranks."""
-        main_only = kwargs.pop("main_process_only", True)
-        if kwargs.pop("in_order", False):
-            raise NotBuiltError("logging with in_order=True", fix="use main_process_only=False")
-        if self.isEnabledFor(level) and (not main_only or rank_of(os.environ) == 0):  # noqa: TID251 (an edge)
-            kwargs.setdefault("stacklevel", 2)
+        """Log like `logging.Logger.log`.
+
+        Args:
+            level: As there.
+            msg: As there.
+            args: As there.
+            kwargs: As there; `main_process_only` (default True, False with `in_order`) decides on which ranks;
+                `in_order=True` lets every rank log in turn. Then it is collective, on ranks that take the level.
+
+        Raises:
+            ConfigError: if a call is for the main process only and in order.
+            CollectiveError: in order, if a rank does something else, or the ranks are not connected yet.
+        """
+        in_order = kwargs.pop("in_order", False)
+        main_only = kwargs.pop("main_process_only", not in_order)
+        if in_order and main_only:
+            raise ConfigError(
+                "D0107",
+                "a log call has in_order=True, but main_process_only=True; the main process needs no order",
+                fix="leave one of them out",
+            )
+        env = os.environ  # noqa: TID251 (an edge: a logger is made before anything else knows the rank)
+        if not self.isEnabledFor(level) or (main_only and rank_of(env)):
+            return
+        kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1  # this frame
+        if not in_order:
+            super().log(level, msg, *args, **kwargs)
+            return
+        with _turn(env):
             super().log(level, msg, *args, **kwargs)
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
@@ -29,7 +54,7 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
 
 
 def get_logger(name: str, log_level: str | None = None) -> RankLogger:
-    """Return a logger that speaks once, on rank 0, unless a call says `main_process_only=False`.
+    """Return a logger that speaks once, on rank 0, unless a call says `main_process_only=False` or `in_order=True`.
 
     Args:
         name: Name of the underlying standard logger, usually `__name__`.
@@ -45,6 +70,25 @@ def rank_of(env: Mapping[str, str]) -> int:
     """Return this process's rank as the usual variables give it, 0 if none does."""
     value = env.get("RANK") or env.get("SLURM_PROCID") or "0"
     return int(value) if value.isdigit() else 0
+
+
+def _turn(env: Mapping[str, str]) -> AbstractContextManager[None]:
+    """Return a context that the connected ranks enter one after the other. Collective."""
+    distributed = sys.modules.get(
+        "torch.distributed"
+    )  # not imported: who has no torch yet has no peers either
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        # Upwards, against the layers: a logger knows no Accelerator, and this module is loaded without torch.
+        ranks = importlib.import_module("distrib.collectives").connected_ranks()
+        turn: AbstractContextManager[None] = ranks.in_turn("logging in order")
+        return turn
+    if (env.get("WORLD_SIZE") or "1") != "1":
+        raise CollectiveError(
+            "D0407",
+            "in_order=True, but the ranks are not connected yet",
+            fix="make the Accelerator before the first such call",
+        )
+    return nullcontext()
 
 
 def notice(text: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ import torch
 from torch import nn
 
 from distrib.checkpoint import Contents, Reader, open_checkpoint, rng, save
+from distrib.checkpoint.agreement import together
 from distrib.data import PreparedDataLoader
-from distrib.errors import CheckpointError
+from distrib.errors import CheckpointError, DataError
 from distrib.logging import notice
+from distrib.precision import LossScaler
 from distrib.seeding import derive, part_noise_streams
 from distrib.state import Runtime, TrainState
 from distrib.strategies import Strategy
@@ -29,6 +33,22 @@ class RunState:
     schedulers: list[PreparedScheduler] = field(default_factory=list)
     loaders: list[PreparedDataLoader] = field(default_factory=list)
     custom: list[Any] = field(default_factory=list)
+    scaler: LossScaler | None = None
+    known: dict[int, tuple[Any, Any]] = field(
+        default_factory=dict
+    )  # id -> (what was given or prepared, prepared)
+
+    def remember(self, given: Any, prepared: Any) -> None:
+        """Let `prepare` of either return `prepared` from now on."""
+        self.known[id(given)], self.known[id(prepared)] = (given, prepared), (prepared, prepared)
+
+    def is_prepared(self, x: Any) -> bool:
+        """Whether `prepare` has nothing more to do for `x`."""
+        return id(x) in self.known
+
+    def prepared(self, x: Any) -> Any:
+        """Return what `x` was prepared to; itself, if it is prepared already."""
+        return self.known[id(x)][1] if id(x) in self.known else x
 
     @property
     def step(self) -> int:
@@ -50,11 +70,19 @@ def save_run(
     durable: bool,
 ) -> Path:
     """Write a checkpoint of the run to exactly `directory`. Collective."""
+    _check_same_path(directory, runtime)
     contents = Contents(
         state=strategy.sharded_state(run.for_strategy()),
         loaders=[loader.position for loader in run.loaders],
-        schedulers=[{"state": x.scheduler.state_dict(), "steps_seen": x.steps_seen} for x in run.schedulers],
-        scaler=None,
+        schedulers=[
+            {
+                "kind": type(x.scheduler).__name__,
+                "state": x.scheduler.state_dict(),
+                "steps_seen": x.steps_seen,
+            }
+            for x in run.schedulers
+        ],
+        scaler=run.scaler.state_dict() if run.scaler else None,
         rng=rng.capture(runtime.device_backend),
         custom=[item.state_dict() for item in run.custom],
         counters={"step": run.step, "optimizer_steps": [x.num_steps for x in run.optimizers]},
@@ -69,24 +97,63 @@ def load_run(directory: Path, run: RunState, strategy: Strategy, runtime: Runtim
     Raises:
         CheckpointError: if it is damaged or does not fit what has been prepared; nothing is changed then.
     """
+    _check_same_path(directory, runtime)
     reader = open_checkpoint(directory, runtime.collectives, verify=verify)
-    _check_numbers(directory, reader, run)
-    with strategy.loading(run.for_strategy(), reader.specs(), reader.objects) as state:
+    _check_parts(directory, reader, run)
+    together(runtime.collectives, "comparing the data", lambda: _check_positions(reader, run))
+    with (
+        strategy.loading(run.for_strategy(), reader.specs(), reader.objects) as state,
+        _loaded(run, reader),
+    ):
         reader.check(state)
         reader.fill(state)
     for loader, position in zip(run.loaders, reader.loaders, strict=True):
         loader.position = position
     for scheduler, saved in zip(run.schedulers, reader.schedulers, strict=True):
-        scheduler.scheduler.load_state_dict(saved["state"])
         scheduler.steps_seen = saved["steps_seen"]
-    for item, saved in zip(run.custom, reader.custom, strict=True):
-        item.load_state_dict(saved)
     for optimizer, steps in zip(run.optimizers, reader.counters["optimizer_steps"], strict=True):
         optimizer.num_steps = steps
+    if run.scaler is not None and reader.scaler is not None:
+        run.scaler.load_state_dict(reader.scaler)
     _restore_generators(reader, runtime)
 
 
-def _check_numbers(directory: Path, reader: Reader, run: RunState) -> None:
+@contextmanager
+def _loaded(run: RunState, reader: Reader) -> Iterator[None]:
+    """Load schedulers and registered objects; if they or the body fail, they are as they were."""
+    parts = [x.scheduler for x in run.schedulers] + run.custom
+    saved = [x["state"] for x in reader.schedulers] + list(reader.custom)
+    before = [copy.deepcopy(part.state_dict()) for part in parts]
+    try:
+        for part, state in zip(parts, saved, strict=True):
+            part.load_state_dict(state)
+        yield
+    except BaseException:
+        for part, state in zip(parts, before, strict=True):
+            part.load_state_dict(state)
+        raise
+
+
+def _check_same_path(directory: Path, runtime: Runtime) -> None:
+    everyone = runtime.collectives.gather_object(str(directory.absolute()))
+    other = next((rank for rank, path in enumerate(everyone) if path != everyone[0]), None)
+    if other is not None:
+        raise CheckpointError(
+            "D0794",
+            f"rank 0 names {everyone[0]}, rank {other} names {everyone[other]}; expected one directory for all ranks",
+            fix="let one rank choose the name: accelerator.broadcast_object(name), or leave it to checkpoint.dir",
+        )
+
+
+def _check_positions(reader: Reader, run: RunState) -> None:
+    for loader, position in zip(run.loaders, reader.loaders, strict=True):
+        try:
+            loader.check(position)
+        except DataError as error:
+            raise CheckpointError(error.code, error.problem, where=str(reader.path), fix=error.fix) from error
+
+
+def _check_parts(directory: Path, reader: Reader, run: RunState) -> None:
     pairs = {
         "optimizers": (len(run.optimizers), len(reader.counters["optimizer_steps"])),
         "data loaders": (len(run.loaders), len(reader.loaders)),
@@ -100,6 +167,15 @@ def _check_numbers(directory: Path, reader: Reader, run: RunState) -> None:
                 f"the checkpoint has {there} {what}, this run has prepared {here}",
                 where=str(directory),
                 fix="prepare and register the same objects, in the same order, before load_state",
+            )
+    for scheduler, saved in zip(run.schedulers, reader.schedulers, strict=True):
+        if type(scheduler.scheduler).__name__ != saved["kind"]:
+            raise CheckpointError(
+                "D0793",
+                f"a scheduler is of class {type(scheduler.scheduler).__name__}, the checkpoint has the state of a "
+                f"{saved['kind']}",
+                where=str(directory),
+                fix="build the scheduler of the saved run",
             )
 
 

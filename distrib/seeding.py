@@ -8,6 +8,8 @@ import random
 import numpy as np
 import torch
 
+from distrib.errors import ConfigError
+
 # torch's generators belong to the process, and so does the rule how `set_seed` seeds them: until the first model is
 # prepared every rank draws the same numbers (equal initial weights), afterwards each rank its own (dropout).
 _noise_rank = 0
@@ -29,7 +31,14 @@ def set_seed(seed: int, *, deterministic: bool = False) -> None:
     Args:
         seed: Any non-negative integer below 2**64.
         deterministic: Also ask torch for deterministic algorithms.
+
+    Raises:
+        ConfigError: D0122, for anything else than such a number.
     """
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ConfigError(
+            "D0122", f"set_seed was given {seed!r}; expected a whole number from 0 to 2**64 - 1"
+        )
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(_noise_seed(seed))

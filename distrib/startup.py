@@ -83,7 +83,6 @@ def start(config: RunConfig, env: Mapping[str, str]) -> Startup:
         rendezvous_timeout_s=config.launch.rdzv_timeout_s,
     )
     runtime = Runtime(topology, mesh, device, backend, collectives, precision)
-    options = getattr(config, name, None)
     summary = (
         f"{topology.world_size} process{'es' if topology.world_size > 1 else ''} ({topology.source}), "
         f"strategy {name} ({strategy_reason}), device {device} ({device_reason}), precision {precision.name}, "
@@ -91,7 +90,13 @@ def start(config: RunConfig, env: Mapping[str, str]) -> Startup:
         + (f" ({threads_reason})" if topology.world_size > 1 else "")
         + (f", config {config.file}" if config.file else "")
     )
-    return Startup(runtime, strategy(runtime, options.model_dump() if options is not None else {}), summary)
+    return Startup(runtime, strategy(runtime, _options_of(name, config)), summary)
+
+
+def _options_of(name: str, config: RunConfig) -> dict[str, object]:
+    """Return the section of a strategy, with the keys that are of every strategy."""
+    section = getattr(config, name, None)
+    return {**(section.model_dump() if section else {}), "sync_batchnorm": config.sync_batchnorm}
 
 
 def call_site() -> str:

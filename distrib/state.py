@@ -114,11 +114,18 @@ class LoaderPosition:
     Attributes:
         epoch: Index of the epoch that the next sample belongs to.
         seed: Seed of the sample order.
-        consumed: Samples of that epoch already used, over all ranks; always a window's boundary.
+        consumed: Samples of that epoch already used, over all ranks; always a window's boundary. Batches, where the
+            user's own batch sampler makes them.
         global_batch_size: Samples of one optimizer step, fixed at the run's first start.
+        samples: Length of the data set; -1 if it has none.
+        divided_by: Ranks that read streams of their own; 1 where all read the same data.
+        stream: (position, what the data set's own `state_dict` returned there), where it has one.
     """
 
     epoch: int
     seed: int
     consumed: int
     global_batch_size: int
+    samples: int = -1
+    divided_by: int = 1
+    stream: Any = None

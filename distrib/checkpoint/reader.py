@@ -283,12 +283,13 @@ class Reader:
         return layout.parse_json(self._directory.read(name, record), self._where(name))
 
     def _position(self, value: Any) -> LoaderPosition:
-        names = ("epoch", "seed", "consumed", "global_batch_size")
-        if not isinstance(value, dict) or any(type(value.get(name)) is not int for name in names):
+        fields = decode(value, self._where(LOADERS)) if isinstance(value, dict) else {}
+        numbers = ("epoch", "seed", "consumed", "global_batch_size", "samples", "divided_by")
+        if {*fields} != {*numbers, "stream"} or any(type(fields[name]) is not int for name in numbers):
             raise CheckpointError(
                 "D0702", f"holds {value!r:.80}, which is no loader position", where=self._where(LOADERS)
             )
-        return LoaderPosition(*(value[name] for name in names))
+        return LoaderPosition(**fields)
 
     def _where(self, name: str) -> str:
         return str(self.path / name)
@@ -511,5 +512,5 @@ def _raise_misfits(problems: Sequence[str], where: str) -> None:
         "the checkpoint does not fit what it is loaded into; nothing was changed:"
         + "".join(f"\n  {line}" for line in [*problems[:_MOST_LISTED], *more]),
         where=where,
-        fix="build the model and optimizer as they were, or load with strict=False or ignore=[patterns]",
+        fix="build the model and optimizer as they were",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 import time
@@ -222,7 +221,9 @@ def _common_documents(contents: Contents, slices: dict[tuple[str, Where], Slice]
 
     custom = dict(contents.custom) if isinstance(contents.custom, Mapping) else list(contents.custom)
     documents = {
-        LOADERS: _json([dataclasses.asdict(position) for position in contents.loaders]),
+        LOADERS: _json(
+            [encode(vars(position), f"loader {i}") for i, position in enumerate(contents.loaders)]
+        ),
         SCHEDULERS: _json([encode(dict(x), f"scheduler {i}") for i, x in enumerate(contents.schedulers)]),
         CUSTOM_OBJECTS: _json(encode(custom, "custom", spill)),
     }

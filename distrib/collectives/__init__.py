@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from distrib.collectives.base import Collectives
-from distrib.collectives.process_group import connect
+from distrib.collectives.process_group import ProcessGroupCollectives, check_existing_group, connect
 from distrib.collectives.single import SingleCollectives
 from distrib.devices.base import DeviceBackend
 from distrib.errors import TopologyError
 from distrib.topology import Topology
 
-__all__ = ["Collectives", "connect_ranks"]
+__all__ = ["Collectives", "connect_ranks", "connected_ranks"]
 
 
 def connect_ranks(
@@ -32,9 +32,11 @@ def connect_ranks(
         rendezvous_timeout_s: Seconds to wait for the others at the start; `timeout_s` by default.
 
     Raises:
-        TopologyError: if the device has no communication back-end, or the ranks cannot meet.
+        TopologyError: if the device has no communication back-end, the ranks cannot meet, or the script's own
+            process group has other ranks.
     """
     if topology.world_size == 1:
+        check_existing_group(topology)
         return SingleCollectives()
     if backend.comm_backend is None:
         raise TopologyError(
@@ -43,3 +45,8 @@ def connect_ranks(
             fix="start one process, or use device: cpu",
         )
     return connect(topology, backend.comm_backend, device, timeout_s, rendezvous_timeout_s or timeout_s)
+
+
+def connected_ranks() -> Collectives:
+    """Return collectives over the process group that exists already, for values in host memory. Collective."""
+    return ProcessGroupCollectives(torch.device("cpu"), owned=False)

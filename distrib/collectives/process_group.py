@@ -1,38 +1,47 @@
 """Collectives over torch.distributed.
 
-Every operation starts with one exchange of a small header on the CPU. It carries a hash of what the rank is about
-to do and the sizes the others need, so a mismatch becomes an error on every rank instead of wrong bytes or a hang,
-and the data then travel packed: one operation for a gather or a broadcast, one per dtype for a reduction.
+Every operation starts with one exchange on the CPU. It carries a hash of what the rank is about to do and what the
+others need to know, so a mismatch becomes an error on every rank instead of wrong bytes or a hang. Small values in
+host memory travel in that exchange itself; others then travel packed, in one operation for a gather or a broadcast
+and in one per dtype for a reduction.
 """
 
 from __future__ import annotations
 
-import hashlib
-import socket
-import sys
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from distrib.collectives.base import Collectives, ReduceOp
-from distrib.collectives.trees import map_tensors, replace_tensors, structure, tensors
+from distrib.collectives.exchange import EMPTY, ROOM, Exchange, Heard, all_gather_single
+from distrib.collectives.inputs import check_rank, dense_tensors
+from distrib.collectives.packing import num_bytes, pack, unpack, unpack_rows
+from distrib.collectives.padding import check_dim, padded, size_of
+from distrib.collectives.reductions import Reduction
+from distrib.collectives.signature import Signature, call_site, disagreement
+from distrib.collectives.store import join_store
+from distrib.collectives.trees import map_tensors, replace_tensors, tensors
+from distrib.collectives.turns import Turns
 from distrib.errors import CollectiveError, TopologyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from distrib.topology import Topology
 
-    from distrib.topology import Rendezvous, Topology
-
+T = TypeVar("T")
 Tree = TypeVar("Tree")
 
-_HEADER_SIZES = 62  # dim-0 sizes that fit into the first exchange; a larger tree costs a second one
-_ALIGN = 16  # bytes; the widest dtype (complex128), so that any tensor can be viewed at its place in a packed buffer
+_CPU = torch.device("cpu")
+_OFF_CPU, _FAILED = (
+    1,
+    2,
+)  # flags of an exchange: a tensor is not in host memory; the note says why there is no value
+_REPORT = 1  # key of the exchange that tells about a mismatch; a hash is practically never so small
+_MAX_REASON = 500  # characters
 _OPS = {
     "sum": dist.ReduceOp.SUM,
     "mean": dist.ReduceOp.SUM,
@@ -57,13 +66,13 @@ def connect(
         TopologyError: if a group exists already and disagrees with `topology`, or the rendezvous fails.
     """
     if dist.is_initialized():
-        _check_existing(topology)
+        check_existing_group(topology)
         return ProcessGroupCollectives(device, owned=False)
     assert topology.rendezvous is not None, "a world of more than one rank has a rendezvous"
     backend = "gloo" if comm_backend == "gloo" else f"cpu:gloo,{device.type}:{comm_backend}"
     timeout = timedelta(seconds=timeout_s)
     try:
-        store = _store(topology, topology.rendezvous, timedelta(seconds=rendezvous_timeout_s))
+        store = join_store(topology, topology.rendezvous, timedelta(seconds=rendezvous_timeout_s))
         dist.init_process_group(
             backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout
         )
@@ -77,7 +86,14 @@ def connect(
     return ProcessGroupCollectives(device, owned=True)
 
 
-def _check_existing(topology: Topology) -> None:
+def check_existing_group(topology: Topology) -> None:
+    """Refuse a group that the script has made, if it disagrees with `topology`.
+
+    Raises:
+        TopologyError: naming both ranks and world sizes.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return
     found, expected = (dist.get_rank(), dist.get_world_size()), (topology.rank, topology.world_size)
     if found != expected:
         raise TopologyError(
@@ -88,215 +104,276 @@ def _check_existing(topology: Topology) -> None:
         )
 
 
-def _store(topology: Topology, rendezvous: Rendezvous, timeout: timedelta) -> Store:
-    serves = topology.rank == 0 and not rendezvous.hosted_by_agent
-    store: Store = TCPStore(
-        rendezvous.host,
-        rendezvous.port,
-        topology.world_size,
-        serves,
-        timeout,
-        wait_for_workers=False,
-        master_listen_fd=_listen(rendezvous) if serves else None,
-    )
-    return PrefixStore(rendezvous.prefix, store) if rendezvous.prefix else store
-
-
-def _listen(rendezvous: Rendezvous) -> int:
-    """Listen on the rendezvous address only, so that no other network reaches the store; return the descriptor."""
-    for host in (rendezvous.host, ""):  # "": the name may lead to us through a translated address
-        server = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # shares the launcher's reserved port
-        try:
-            server.bind((host, rendezvous.port))
-        except OSError:
-            server.close()
-            if not host:
-                raise
-            continue
-        server.listen(4096)
-        return server.detach()
-    raise AssertionError("unreachable: the last bind returns or raises")
-
-
 class ProcessGroupCollectives(Collectives):
-    """Collectives over torch's default process group.
+    """Collectives over torch's default process group. Collective.
 
     Args:
-        device: Where objects' tensors live on this rank.
+        device: This rank's device.
         owned: Whether `close` ends the group; False for a group that the script made.
     """
 
     def __init__(self, device: torch.device, *, owned: bool) -> None:
         self.device, self._owned = device, owned
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._cpu_group = _group_for_cpu()
+        self._meet = Exchange(self.world_size, self._cpu_group)
+        self._turns = Turns(dist.distributed_c10d._get_default_store(), self.rank)
+        self._holding: str | None = (
+            None  # the block in which this rank goes first, while others wait for its end
+        )
 
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
-        with _peers("all_reduce"):
-            dist.all_reduce(tensor, _OPS[op])
+        self._with_peers("all_reduce", dist.all_reduce, tensor, _OPS[op], self._group_of(tensor))
         return tensor.div_(self.world_size) if op == "mean" else tensor
 
     def reduce(self, tree: Tree, op: ReduceOp = "sum") -> Tree:
-        leaves = tensors(tree)
-        self._agree(f"reduce({op})", tree, ragged=False)
-        flat = {
-            dtype: torch.cat([x.reshape(-1) for x in leaves if x.dtype is dtype]) for dtype in _dtypes(leaves)
-        }
-        reduced = {
-            dtype: self.all_reduce_(values, "sum" if op == "mean" else op) for dtype, values in flat.items()
-        }
-        if op == "mean":
-            reduced = {dtype: values / self.world_size for dtype, values in reduced.items()}
-        taken = dict.fromkeys(reduced, 0)
-
-        def take(x: torch.Tensor) -> torch.Tensor:
-            start = taken[x.dtype]
-            taken[x.dtype] += x.numel()
-            return reduced[x.dtype][start : start + x.numel()].view(x.shape)
-
-        return map_tensors(take, tree)
+        leaves = dense_tensors("reduce", tree)
+        reduction, off_cpu = Reduction(leaves, op), _off_cpu(leaves)
+        rides = not off_cpu and reduction.num_bytes <= ROOM
+        flat = reduction.flat(_CPU) if rides else []
+        heard = self._agree(Signature(f"reduce({op})", tree), pack(flat, _CPU), flags=off_cpu)
+        reduction.check()
+        if rides and not any(heard.flags):
+            of_ranks = [unpack(note, flat) for note in heard.notes]
+            flat = [reduction.combined(parts) for parts in zip(*of_ranks, strict=True)]
+        else:
+            flat = reduction.flat(self._home(heard))
+            for values in flat:
+                self.all_reduce_(values, "sum" if op == "mean" else op)
+        return replace_tensors(tree, iter(reduction.results(flat, self.world_size)))
 
     def gather(self, tree: Tree) -> Tree:
+        dense_tensors("gather", tree)
         tree = map_tensors(lambda x: x.reshape(x.shape or (1,)), tree)
         leaves = tensors(tree)
-        sizes = self._agree("gather", tree, ragged=True)
+        off_cpu = _off_cpu(leaves)
+        sizes = _as_note([x.shape[0] for x in leaves])
+        note = pack([] if off_cpu else leaves, _CPU, lead=sizes)
+        heard = self._agree(Signature("gather", tree, ragged=True), note, flags=off_cpu)
         if not leaves:
             return tree
-        layouts = [_layout(leaves, rows) for rows in sizes]
-        width = max(total for _, total in layouts)
-        mine = _pack(leaves, width)
-        everyone = mine.new_empty(self.world_size, width)
-        with _peers("gather"):
-            dist.all_gather(list(everyone.unbind()), mine)
-        parts = [_unpack(everyone[r], leaves, sizes[r], layouts[r][0]) for r in range(self.world_size)]
-        return replace_tensors(tree, iter([torch.cat(column) for column in zip(*parts, strict=True)]))
+        rows = [_numbers(note[: sizes.numel()]) for note in heard.notes]
+        if any(heard.flags):
+            buffers = self._gather_packed(leaves, rows)
+        else:
+            buffers = [note[sizes.numel() :] for note in heard.notes]
+        return replace_tensors(tree, iter(unpack_rows(buffers, leaves, rows)))
 
     def broadcast(self, tree: Tree, source: int = 0) -> Tree:
-        leaves = tensors(tree)
-        self._agree(f"broadcast(from {source})", tree, ragged=False)
-        if not leaves:
-            return tree
-        rows = [x.shape[0] if x.dim() else 1 for x in leaves]
-        offsets, width = _layout(leaves, rows)
-        buffer = _pack(leaves, width)
-        with _peers("broadcast"):
-            dist.broadcast(buffer, source)
-        return replace_tensors(tree, iter(_unpack(buffer, leaves, rows, offsets)))
+        leaves = dense_tensors("broadcast", tree)
+        off_cpu, size = _off_cpu(leaves), num_bytes(leaves)
+        rides = self.rank == source and not off_cpu and size <= ROOM
+        signature = Signature(f"broadcast(from {source!r})", tree)
+        heard = self._agree(signature, pack(leaves, _CPU) if rides else EMPTY, flags=off_cpu)
+        source = check_rank("broadcast from rank", source, self.world_size)
+        if size <= ROOM and not heard.flags[source]:
+            buffer = heard.notes[source].clone()
+        else:
+            buffer = self._broadcast_packed(leaves, source, self._home(heard))
+        return replace_tensors(tree, iter(unpack(buffer, leaves)))
+
+    def pad(self, tree: Tree, dim: int = 0, value: float = 0, *, first: bool = False) -> Tree:
+        leaves = dense_tensors("pad_across_processes", tree)
+        signature = Signature(f"pad_across_processes(dim={dim})", tree, sizes=False)
+        heard = self._agree(signature, _as_note([size_of(x, dim) for x in leaves]))
+        check_dim(leaves, dim)
+        largest = [max(sizes) for sizes in zip(*map(_numbers, heard.notes), strict=True)]
+        new = [padded(x, dim, size, value, first=first) for x, size in zip(leaves, largest, strict=True)]
+        return replace_tensors(tree, iter(new))
 
     def gather_object(self, value: Any) -> list[Any]:
-        self._agree("gather_object", None, ragged=False)
-        values: list[Any] = [None] * self.world_size
-        with _peers("gather_object"):
-            dist.all_gather_object(values, value)
-        return values
+        note, flags = _pickled(value)
+        heard = self._agree(Signature("gather_object"), note, flags=flags)
+        _check_pickled("gather_object", heard)
+        return [_unpickled(note, rank) for rank, note in enumerate(heard.notes)]
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
-        self._agree(f"broadcast_object(from {source})", None, ragged=False)
-        values = [value]
-        with _peers("broadcast_object"):
-            dist.broadcast_object_list(values, source)
-        return values[0]
+        note, flags = _pickled(value) if self.rank == source else (EMPTY, 0)
+        rides = note if note.numel() <= ROOM else EMPTY
+        signature = Signature(f"broadcast_object(from {source!r})")
+        heard = self._agree(signature, rides, flags=flags, extra=note.numel())
+        source = check_rank("broadcast_object from rank", source, self.world_size)
+        _check_pickled("broadcast_object", heard)
+        size = heard.extras[source]
+        if size <= ROOM:
+            note = heard.notes[source]
+        else:
+            note = note if self.rank == source else torch.empty(size, dtype=torch.uint8, device=_CPU)
+            self._with_peers("broadcast_object", dist.broadcast, note, source, self._cpu_group)
+        return value if self.rank == source else _unpickled(note, source)
+
+    def exchange(self, values: Sequence[int]) -> list[list[int]]:
+        mine = torch.tensor(values, dtype=torch.int64, device=_CPU)
+        everyone = torch.empty(self.world_size, len(values), dtype=torch.int64, device=_CPU)
+        self._with_peers("exchange", all_gather_single, everyone.view(-1), mine, self._cpu_group)
+        numbers: list[list[int]] = everyone.tolist()
+        return numbers
+
+    def scatter_(
+        self, received: torch.Tensor, parts: Sequence[torch.Tensor] | None, source: int = 0
+    ) -> torch.Tensor:
+        sent = None if parts is None else list(parts)
+        self._with_peers("scatter", dist.scatter, received, sent, source, self._cpu_group)
+        return received
 
     def barrier(self, why: str) -> None:
-        self._agree(f"barrier({why})", None, ragged=False)  # nobody leaves before everybody's header has come
+        # nobody leaves before everybody's frame has come
+        self._agree(Signature(f"barrier({why})"), what=f"{why} at {call_site()}")
+
+    @contextmanager
+    def first(self, scope: str, *, place: int, members: int) -> Iterator[None]:
+        if members == 1:
+            yield
+            return
+        where = call_site()
+        if place:
+            self._turns.follow(scope, where, speaks=place == 1)
+            yield
+            return
+        outer, self._holding = self._holding, f"the block at {where}"
+        try:
+            with self._turns.go_first(scope, where, members - 1):
+                yield
+        finally:
+            self._holding = outer
+
+    @contextmanager
+    def in_turn(self, why: str) -> Iterator[None]:
+        self.barrier(why)
+        with self._turns.in_turn():
+            yield
 
     def close(self) -> None:
+        self._turns.close()
         if self._owned and dist.is_initialized():
             dist.destroy_process_group()
         self._owned = False
 
-    def _agree(self, op: str, tree: Any, *, ragged: bool) -> list[list[int]]:
-        """Exchange headers; return each rank's dim-0 sizes, or raise on all ranks if they are not doing the same."""
-        signature = f"{op} of {structure(tree, ragged=ragged)}" if tree is not None else op
-        sizes = [x.shape[0] for x in tensors(tree)] if ragged else []
-        headers = self._exchange([_hash(signature), len(sizes), *sizes[:_HEADER_SIZES]], _HEADER_SIZES + 2)
-        if any(header[0] != headers[0][0] for header in headers):
+    def _agree(
+        self,
+        signature: Signature,
+        note: torch.Tensor = EMPTY,
+        *,
+        flags: int = 0,
+        extra: int = 0,
+        what: str | None = None,
+    ) -> Heard:
+        """Exchange what the ranks are about to do, or raise on all of them if it is not the same."""
+        if self._holding is not None:
+            raise CollectiveError(
+                "D0406",
+                f"{signature.op} inside {self._holding}, in which the other ranks wait until this one has left it",
+                fix="move the call out of the block; only work that one rank can do alone belongs into it",
+            )
+        heard = self._with_peers(
+            what or signature.op, self._meet, signature.key, note, flags=flags, extra=extra
+        )
+        if heard.keys.count(signature.key) < self.world_size:
             self._raise_mismatch(signature)
-        if len(sizes) <= _HEADER_SIZES:
-            return [header[2 : 2 + len(sizes)] for header in headers]
-        rest = self._exchange(sizes[_HEADER_SIZES:], len(sizes) - _HEADER_SIZES)
-        return [header[2:] + more for header, more in zip(headers, rest, strict=True)]
+        return heard
 
-    def _exchange(self, values: Sequence[int], length: int) -> list[list[int]]:
-        mine = torch.zeros(length, dtype=torch.int64)
-        mine[: len(values)] = torch.tensor(values, dtype=torch.int64)
-        everyone = torch.empty(self.world_size, length, dtype=torch.int64)
-        with _peers("the exchange of headers"):
-            dist.all_gather(list(everyone.unbind()), mine)
-        return cast("list[list[int]]", everyone.tolist())
-
-    def _raise_mismatch(self, signature: str) -> None:
-        calls: list[Any] = [None] * self.world_size
-        with _peers("the report of a mismatch"):
-            dist.all_gather_object(calls, f"{signature} at {_call_site()}")
-        other = next(rank for rank, call in enumerate(calls) if call != calls[0])
+    def _raise_mismatch(self, signature: Signature) -> None:
+        note, _ = _pickled(signature.call(call_site()))
+        heard = self._with_peers("the report of a mismatch", self._meet, _REPORT, note)
+        calls = [_unpickled(note, rank) for rank, note in enumerate(heard.notes)]
         raise CollectiveError(
             "D0401",
-            f"the ranks do not agree: rank 0 calls {calls[0]}, rank {other} calls {calls[other]}",
+            f"the ranks do not agree: {disagreement(calls)}",
             fix="call the same operations in the same order on every rank, with equal structure, dtypes and shapes",
         )
 
+    def _with_peers(self, what: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Call what needs the other ranks; turn what torch raises when one is lost into our error."""
+        self.in_flight = what
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            raise CollectiveError(
+                "D0402",
+                f"{what} failed: {error}",
+                fix="look for the rank that ended or stopped first; this rank only followed it",
+            ) from error
+        finally:
+            self.in_flight = None
 
-def _dtypes(leaves: Sequence[torch.Tensor]) -> list[torch.dtype]:
-    return list(dict.fromkeys(x.dtype for x in leaves))
+    def _gather_packed(
+        self, leaves: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]
+    ) -> list[torch.Tensor]:
+        """Return every rank's packed leaves, on this rank's device."""
+        row_bytes = [
+            num_bytes([x[:1]]) if x.shape[0] else num_bytes([x.new_empty(1, *x.shape[1:])]) for x in leaves
+        ]
+        width = max(sum(n * each for n, each in zip(of_rank, row_bytes, strict=True)) for of_rank in rows)
+        mine = pack(leaves, self.device, width=width)
+        everyone = mine.new_empty(self.world_size, width)
+        if width:
+            self._with_peers("gather", all_gather_single, everyone.view(-1), mine, None)
+        return list(everyone)
 
+    def _broadcast_packed(
+        self, leaves: Sequence[torch.Tensor], source: int, device: torch.device
+    ) -> torch.Tensor:
+        if self.rank == source:
+            buffer = pack(leaves, device)
+        else:
+            buffer = torch.empty(num_bytes(leaves), dtype=torch.uint8, device=device)
+        self._with_peers("broadcast", dist.broadcast, buffer, source, self._group_of(buffer))
+        return buffer
 
-def _layout(leaves: Sequence[torch.Tensor], rows: Sequence[int]) -> tuple[list[int], int]:
-    """Return the byte offset of each leaf, were its dim 0 `rows[i]`, and the total width of a packed buffer."""
-    offsets, at = [], 0
-    for leaf, n in zip(leaves, rows, strict=True):
-        offsets.append(at)
-        row_bytes = (
-            leaf.element_size() * leaf[:0].flatten(1).shape[1] if leaf.dim() > 1 else leaf.element_size()
-        )
-        at += -(-n * row_bytes // _ALIGN) * _ALIGN
-    return offsets, at
+    def _home(self, heard: Heard) -> torch.device:
+        """Return where data are packed, the same kind of place on all ranks."""
+        return self.device if any(heard.flags) else _CPU
 
-
-def _pack(leaves: Sequence[torch.Tensor], width: int) -> torch.Tensor:
-    """Lay the leaves' bytes one after the other, zero-padded, on the device of the first leaf."""
-    device = leaves[0].device
-    buffer = torch.zeros(width, dtype=torch.uint8, device=device)
-    offsets, _ = _layout(leaves, [x.shape[0] if x.dim() else 1 for x in leaves])
-    for leaf, offset in zip(leaves, offsets, strict=True):
-        data = leaf.detach().to(device).contiguous().reshape(-1).view(torch.uint8)
-        buffer[offset : offset + data.numel()] = data
-    return buffer
-
-
-def _unpack(
-    buffer: torch.Tensor, leaves: Sequence[torch.Tensor], rows: Sequence[int], offsets: Sequence[int]
-) -> list[torch.Tensor]:
-    """Take leaves of the given dim-0 sizes out of a packed buffer, each on the device of its model leaf."""
-    found = []
-    for leaf, n, offset in zip(leaves, rows, offsets, strict=True):
-        shape = (n, *leaf.shape[1:]) if leaf.dim() else ()
-        count = torch.Size(shape).numel() * leaf.element_size()
-        found.append(buffer[offset : offset + count].view(leaf.dtype).view(shape).to(leaf.device))
-    return found
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def _call_site() -> str:
-    """Return "file:line" of the innermost frame outside this package."""
-    frame = sys._getframe()
-    package = str(Path(__file__).parents[1])
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    def _group_of(self, tensor: torch.Tensor) -> dist.ProcessGroup | None:
+        return self._cpu_group if tensor.is_cpu else None
 
 
-@contextmanager
-def _peers(op: str) -> Iterator[None]:
-    """Turn what torch raises when a peer is lost into our error."""
+def _group_for_cpu() -> dist.ProcessGroup | None:
+    """Return a group for tensors in host memory if the default one, made by the script, takes none. Collective."""
+    default = dist.group.WORLD
+    assert default is not None, "the default group exists"
+    serves = any(device.type == _CPU.type for device in default._device_types)
+    return None if serves else dist.new_group(backend="gloo")
+
+
+def _off_cpu(leaves: Sequence[torch.Tensor]) -> int:
+    return 0 if all(x.is_cpu for x in leaves) else _OFF_CPU
+
+
+def _as_note(numbers: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=_CPU).view(torch.uint8)
+
+
+def _numbers(note: torch.Tensor) -> list[int]:
+    numbers: list[int] = note.view(torch.int64).tolist()
+    return numbers
+
+
+def _pickled(value: Any) -> tuple[torch.Tensor, int]:
+    """Return a value as a note and no flag; or why it cannot be one, and the flag that says so."""
     try:
-        yield
-    except RuntimeError as error:
+        data, flags = pickle.dumps(value), 0
+    except Exception as error:  # noqa: BLE001 (a value's own code runs; every rank must learn of whatever it raises)
+        data, flags = f"{type(error).__name__}: {error}"[:_MAX_REASON].encode()[:ROOM], _FAILED
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8), flags
+
+
+def _unpickled(note: torch.Tensor, rank: int) -> Any:
+    try:
+        return pickle.loads(note.numpy().data)  # noqa: S301 (from a rank of our own job)
+    except Exception as error:
         raise CollectiveError(
-            "D0402",
-            f"{op} failed: {error}",
-            fix="look for the rank that ended or stopped first; this rank only followed it",
+            "D0405",
+            f"the object of rank {rank} cannot be unpickled here: {type(error).__name__}: {error}",
+            fix="define its class in a module that every rank can import",
         ) from error
+
+
+def _check_pickled(op: str, heard: Heard) -> None:
+    for rank, (note, flags) in enumerate(zip(heard.notes, heard.flags, strict=True)):
+        if flags & _FAILED:
+            raise CollectiveError(
+                "D0404",
+                f"{op}: rank {rank} cannot pickle its object: {bytes(note.numpy()).decode(errors='replace')}",
+                fix="pass plain values, or objects of classes at module level",
+            )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
@@ -38,23 +39,55 @@ def replace_tensors(tree: Tree, new: Iterator[torch.Tensor]) -> Tree:
     return map_tensors(lambda _: next(new), tree)
 
 
-def structure(tree: Any, *, ragged: bool) -> str:
+def constants(tree: Any) -> list[Any]:
+    """Return what is neither a tensor nor a container, in the order of `tensors`."""
+    children = _children(tree)
+    if children is None:
+        return [] if isinstance(tree, torch.Tensor) else [tree]
+    return [x for child in children.values() for x in constants(child)]
+
+
+def structure(tree: Any, *, ragged: bool = False, sizes: bool = True) -> str:
     """Describe containers, dtypes and shapes in a few words; equal text means compatible trees.
 
     Args:
         tree: What to describe.
         ragged: Whether dim 0 may differ between ranks, so that it is written as "*".
+        sizes: False writes "*" for every dim.
     """
     if isinstance(tree, torch.Tensor):
-        shape = [*map(str, tree.shape)]
-        if ragged:
-            shape = ["*", *shape[1:]]
-        return f"{str(tree.dtype).removeprefix('torch.')}({', '.join(shape)})"
+        return _tensor_text(tree, ragged=ragged, sizes=sizes)
     children = _children(tree)
     if children is None:
         return type(tree).__name__
-    inside = ", ".join(f"{key}: {structure(child, ragged=ragged)}" for key, child in children.items())
+    inside = ", ".join(
+        f"{_key_text(key)}: {structure(child, ragged=ragged, sizes=sizes)}" for key, child in children.items()
+    )
     return f"{type(tree).__name__}[{inside}]"
+
+
+def described(tree: Any, *, ragged: bool = False, sizes: bool = True, path: str = "") -> dict[str, str]:
+    """Return the text of each leaf by its path, such as "batch.ids": "int64(4, 3)"; "" is a tree that is one leaf."""
+    children = _children(tree)
+    if children is None or not children:
+        return {path: structure(tree, ragged=ragged, sizes=sizes)}
+    found: dict[str, str] = {}
+    for key, child in children.items():
+        inner = f"{path}.{_key_text(key)}" if path else _key_text(key)
+        found.update(described(child, ragged=ragged, sizes=sizes, path=inner))
+    return found
+
+
+def _tensor_text(x: torch.Tensor, *, ragged: bool, sizes: bool) -> str:
+    shape = [str(n) if sizes else "*" for n in x.shape]
+    if ragged:
+        shape = ["*", *shape[1:]]
+    return f"{str(x.dtype).removeprefix('torch.')}({', '.join(shape)})"
+
+
+def _key_text(key: Any) -> str:
+    """Write a key so that no other key, and no other tree, has the same text."""
+    return key if isinstance(key, str) and key.isidentifier() else repr(key)
 
 
 def _walk(tree: Any) -> Iterator[torch.Tensor]:
@@ -89,9 +122,13 @@ def _rebuild(tree: Any, children: Mapping[Any, Any]) -> Any:
 
 
 def _rebuild_mapping(tree: Mapping[Any, Any], children: Mapping[Any, Any]) -> Any:
-    new = copy.copy(tree)  # keeps what the constructor would not: default factories, encodings, attributes
-    if not hasattr(new, "__setitem__"):
+    if not hasattr(tree, "__setitem__"):
         return dict(children)
+    # A copy keeps what the constructor would not: default factories, encodings, attributes.
+    if isinstance(tree, (dict, UserDict)):
+        new: Any = copy.copy(tree)
+    else:  # a shallow copy may share the items; the memo keeps the children themselves from being copied
+        new = copy.deepcopy(tree, {id(child): child for child in tree.values()})
     for key, value in children.items():
         new[key] = value
     return new

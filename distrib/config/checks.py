@@ -98,7 +98,7 @@ _YES_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "fals
 def _how_to_mend(setting: Setting) -> str:
     key, value, default = setting.key, setting.value, default_of(setting.key)
     meant = _YES_NO.get(str(value).lower())
-    if meant and isinstance(default, bool):
+    if meant and (isinstance(default, bool) or "true" in expected(key)):
         return f"write {meant}: only true and false are booleans"
     if value is False and "no" in names_of(key):
         return "write no"

@@ -10,21 +10,29 @@ from typing import Final
 # Keys, or whole sections, of which no value can be set.
 KEYS: Final = frozenset({
     "mesh.shard", "mesh.tensor", "mesh.context", "mesh.pipeline", "mesh.expert",
-    "ddp.static_graph", "ddp.comm_hook",
-    "fsdp", "deepspeed", "xla", "compile", "activation_checkpointing", "sync_batchnorm",
-    "data.prefetch", "data.dispatch",
+    "fsdp", "deepspeed", "xla", "compile", "activation_checkpointing",
     "checkpoint.on_signal",
-    "tracking",
     "watch.heartbeat_s", "watch.silence_s", "watch.report_s", "watch.verify_collectives", "watch.nonfinite",
     "launch.max_restarts", "launch.preempt_grace_s", "launch.log_dir",
 })  # fmt: skip
+
+
+class EachOf(tuple[object, ...]):
+    """The built values of a key that holds a list: a list is built unless one of its items is `planned`."""
+
+    __slots__ = ()
+    planned = frozenset({"wandb", "mlflow"})
+
+    def __contains__(self, value: object) -> bool:
+        return not self.planned & set(value if isinstance(value, tuple) else (value,))
+
 
 # Keys of which only these values can be set; a row goes when all that the schema allows is built.
 BUILT_VALUES: Final[dict[str, tuple[object, ...]]] = {
     "strategy": ("auto", "single", "ddp"),
     "device": ("auto", "cpu", "cuda", "mps", "xpu"),
-    "mixed_precision": ("no", "bf16"),
-    "ddp.find_unused_parameters": (True, False),
+    "mixed_precision": ("no", "fp16", "bf16"),
+    "tracking.log_with": EachOf(("jsonl", "tensorboard")),
     "launch.backend": ("local",),
     "launch.nnodes": (1,),
     "launch.start_method": ("spawn",),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
 
@@ -73,7 +73,8 @@ Tracker = Annotated[str, Names("distrib.trackers", ("jsonl", "tensorboard", "wan
 Trackers = Annotated[
     tuple[Tracker, ...],
     Field(strict=False),  # files have lists, and a strict tuple takes none
-    Expected("a list of jsonl, tensorboard, wandb, mlflow"),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    Expected("jsonl, tensorboard, wandb or mlflow, or a list of such"),
 ]
 
 
@@ -107,7 +108,7 @@ class MeshSection(Section):
 class DdpSection(Section):
     """Options of the strategy of that name."""
 
-    find_unused_parameters: bool | Literal["auto"] = False
+    find_unused_parameters: bool | Literal["auto"] = "auto"
     static_graph: bool = False
     comm_hook: Literal["none", "fp16", "bf16", "powersgd"] = "none"
 

@@ -1,8 +1,9 @@
 """Which samples are mine, in which order, and where did I stop?"""
 
 from distrib.data.live import LiveLoaders
-from distrib.data.loader import DataOptions, PreparedDataLoader
+from distrib.data.loader import PreparedDataLoader
 from distrib.data.metrics import gather_true_rows, refuse_after_the_loop
+from distrib.data.options import DataOptions
 from distrib.data.sharding import Share
 
 __all__ = [

@@ -3,86 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset
 
-from distrib.collectives.trees import map_tensors
+from distrib.data.dispatch import dispatched
+from distrib.data.indexed import Indexed, check_kind
 from distrib.data.live import LiveLoaders
-from distrib.data.order import Order, Permutation, Sequential
-from distrib.data.sharding import Layout, MicroStep, Share, Tail, share_of
-from distrib.errors import DataError, NotBuiltError
-from distrib.seeding import derive
+from distrib.data.options import DataOptions, Round
+from distrib.data.placement import placed
+from distrib.data.sharding import Layout, MicroStep, Share, Tail
+from distrib.data.stream import Stream
+from distrib.errors import ConfigError, DataError
+from distrib.logging import notice
 from distrib.state import LoaderPosition
 
-_INDEX_BLOCK = 2048  # samples whose indices are computed at once: numpy's cost per call is then spread thin
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """What the run says about data.
-
-    Attributes:
-        rank: This rank among those that read different samples.
-        world_size: How many ranks read different samples.
-        device: Where batches are put.
-        tail: What happens to the last, shorter window.
-        seed: Seed of the sample order, equal on all ranks.
-        global_batch_size: G if the user set it, else None.
-        accumulation: Micro-steps per window when G is not set.
-    """
-
-    rank: int
-    world_size: int
-    device: torch.device
-    tail: Tail
-    seed: int
-    global_batch_size: int | None
-    accumulation: int
+_AT_END = -1
 
 
 class PreparedDataLoader:
     """The user's loader over this rank's share.
 
-    Iterating yields the micro-steps of the current epoch; every rank gets the same number of batches, `len(self)`.
-    Attributes that are not listed here are those of the underlying `torch.utils.data.DataLoader`.
+    Iterating yields the micro-steps of the current epoch; every rank gets the same number of batches. Attributes that
+    are not listed here are those of the user's `torch.utils.data.DataLoader`.
 
     Attributes:
         epoch: Index of the current epoch; it counts itself.
-        global_batch_size: Samples of one optimizer step over all ranks.
+        global_batch_size: Samples of one optimizer step over all ranks; batches, where the user's own batch sampler
+            makes them.
+        micro_step: The micro-step of the batch that was yielded last.
+        share: This rank's part of it.
+        weight_of_mean: Weight of this rank's mean loss in it.
+        correction: Factor on the window's gradients when it closes; not 1 if a stream ended early.
     """
 
     def __init__(
         self, loader: DataLoader[Any], options: DataOptions, live: LiveLoaders, trains: Callable[[], bool]
     ) -> None:
-        _refuse_what_is_not_built(loader)
-        self._options, self._live, self._trains = options, live, trains
-        self._shuffled = isinstance(loader.sampler, RandomSampler)
-        self._tail: Tail = "drop" if loader.drop_last else options.tail
-        self._micro_batch = int(loader.batch_size or 1)
+        check_kind(loader)
+        self._loader, self._live, self._trains = loader, live, trains
+        tail: Tail = "drop" if loader.drop_last else options.tail
+        self._options = options = replace(options, tail=tail)
         self._seed = options.seed
         self.epoch = 0
         self._consumed = 0  # the last settled position of this epoch
         self._settles_at: int | None = None  # where the position moves once the yielded window has been used
-        self._restored = False
+        self._stream: Any = None  # the data set's own state at the settled position
+        self._stream_ahead: Any = None
+        self._restored = self._skipped = self._was_stepped = False
         self.micro_step: MicroStep | None = None
         self.share: Share | None = None
-        accumulated = self._micro_batch * options.world_size * options.accumulation
-        self._set_layout(options.global_batch_size or accumulated, _samples_of(loader))
-        self._generator = torch.Generator()
-        self._indices = _ShareSampler(self)
-        self._loader = _with_batches(loader, self._indices, self._generator)
+        self.weight_of_mean, self.correction, self.has_samples = 1.0, 1.0, True
+        everyone = range(options.world_size) if options.dispatch else (options.rank,)
+        self._source = (Stream if isinstance(loader.dataset, IterableDataset) else Indexed)(
+            loader, options, everyone
+        )
+        self._dispatches = options.dispatch and options.world_size > 1
+        self.global_batch_size = self._own_global_batch_size()
+        self._source.layout(self.global_batch_size)  # raises if the tail does not fit
 
-    def _set_layout(self, global_batch_size: int, samples: int) -> None:
-        options = self._options
-        self.layout = Layout(samples, global_batch_size, self._micro_batch, options.world_size, self._tail)
-        self.global_batch_size = global_batch_size
+    def _own_global_batch_size(self) -> int:
+        options, source = self._options, self._source
+        if source.counts_batches and options.global_batch_size is not None:
+            raise ConfigError(
+                "D0121",
+                f"global_batch_size is {options.global_batch_size} samples, but this loader has a batch sampler of its "
+                "own, whose batches are dealt out whole",
+                where="global_batch_size",
+                fix="set gradient_accumulation_steps instead",
+            )
+        return options.global_batch_size or source.micro_batch * options.world_size * options.accumulation
+
+    @property
+    def layout(self) -> Layout | None:
+        """How the epoch is cut; None while its length is not known."""
+        return self._source.layout(self.global_batch_size)
+
+    @property
+    def is_unbatched(self) -> bool:
+        """Whether the user's loader makes no batches, so that nobody knows how many rows there are."""
+        return self._loader.batch_size is None and self._loader.batch_sampler is None
 
     def __len__(self) -> int:
-        return self.layout.count()
+        layout = self.layout
+        if layout is None:
+            raise TypeError(f"{type(self._loader.dataset).__name__} has no length, so the loader has none")
+        return layout.count()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_loader":
@@ -90,53 +97,92 @@ class PreparedDataLoader:
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[Any]:
-        self._begin()
+        rounds = self._begin()
         try:
-            steps = self.layout.micro_steps(self._consumed)
-            for step, batch in zip(steps, self._loader, strict=True):
-                self.settle()
-                self.micro_step, self.share = (
-                    step,
-                    share_of(step, self._options.rank, self._options.world_size),
-                )
-                if step.closes:
-                    self._settles_at = step.window_stop
+            for found in rounds:
+                if self._settles_at is not None:
+                    self.settle()
+                self.micro_step, self.share = found.step, found.shares[0]
+                self.weight_of_mean, self.correction = found.weights[0], found.correction
+                self.has_samples = self.share.size > 0
+                if found.step.closes:
+                    self._settles_at = _AT_END if found.last else found.step.window_stop
+                    self._stream_ahead = found.state
                 self._live.yielded(self)
-                yield self._placed(batch)
-            self.epoch, self._consumed, self._settles_at = self.epoch + 1, 0, None
+                yield found.batches[0]
+            self._go_to(self.epoch + 1, 0)
         finally:
             self._live.ended(self)
+            if self._trains() and not self._was_stepped:  # an evaluation that was left begins anew
+                self._go_to(self.epoch, 0)
 
-    @property
-    def order(self) -> Order:
-        """The order of samples of the current epoch."""
-        if not self._shuffled:
-            return Sequential()
-        return Permutation(self.layout.samples, derive(self._seed, "order", self.epoch))
+    def _begin(self) -> Iterator[Round]:
+        if not (self._restored or self._skipped):
+            self._go_to(self.epoch, 0)
+        self._restored = self._skipped = self._was_stepped = False
+        self._settles_at = None
+        extra = {"state": self._stream} if isinstance(self._source, Stream) else {}
+        rounds: Iterator[Round] | None = None
+        if not self._dispatches or self._options.rank == 0:
+            rounds = self._source.rounds(
+                self.epoch, self._seed, self._consumed, self.global_batch_size, **extra
+            )
+        if self._dispatches or rounds is None:
+            rounds = dispatched(rounds, self._options.collectives)
+        return placed(rounds, self._options)
 
     @property
     def position(self) -> LoaderPosition:
         """Where this loader stands; a window that is still open is not counted, since it will be replayed."""
-        consumed = self._consumed
+        epoch, consumed, stream = self.epoch, self._consumed, self._stream
         if self._settles_at is not None and not self._trains():
-            consumed = self._settles_at
-        ended = consumed >= self.layout.stop and consumed > 0
-        epoch, consumed = (self.epoch + 1, 0) if ended else (self.epoch, consumed)
-        return LoaderPosition(epoch, self._seed, consumed, self.global_batch_size)
+            consumed, stream = self._settles_at, self._stream_ahead
+        layout = self.layout
+        if consumed == _AT_END or (layout is not None and consumed >= layout.stop and consumed > 0):
+            epoch, consumed, stream = self.epoch + 1, 0, None
+        samples = -1 if layout is None else layout.samples
+        return LoaderPosition(
+            epoch, self._seed, consumed, self.global_batch_size, samples, self._divided_by, stream
+        )
 
     @position.setter
     def position(self, position: LoaderPosition) -> None:
-        if position.consumed > self.layout.samples:
+        self._seed = position.seed
+        self._go_to(position.epoch, position.consumed)
+        self._stream, self._restored = position.stream, True
+        if self._options.global_batch_size is None and self.global_batch_size != position.global_batch_size:
+            if self._options.rank == 0:
+                notice(
+                    f"the global batch stays at {position.global_batch_size}, as at the run's first start; here batch "
+                    f"size x ranks x accumulation would be {self.global_batch_size}; global_batch_size changes it"
+                )
+            self.global_batch_size = position.global_batch_size
+
+    def check(self, position: LoaderPosition) -> None:
+        """Refuse a position of other data, before anything is changed.
+
+        Raises:
+            DataError: D0502, if the data set has another length or is divided otherwise.
+        """
+        layout, where = self.layout, "the restored position"
+        samples = position.samples if layout is None else layout.samples
+        if position.samples not in (samples, -1):
             raise DataError(
                 "D0502",
-                f"the restored position is sample {position.consumed} of an epoch, but the data set has only "
-                f"{self.layout.samples}",
-                fix="resume with the data set of the saved run, or call set_epoch to start an epoch anew",
+                f"{where} is sample {position.consumed} of a data set of {position.samples}, but this one has {samples}",
+                fix="resume with the data set of the saved run, or leave the loader out and begin its epoch anew",
             )
-        self.epoch, self._seed, self._consumed = position.epoch, position.seed, position.consumed
-        self._settles_at, self._restored = None, True
-        if self._options.global_batch_size is None:
-            self._set_layout(position.global_batch_size, self.layout.samples)
+        if position.divided_by != self._divided_by and position.consumed:
+            raise DataError(
+                "D0502",
+                f"{where} is that of a stream divided over {position.divided_by} ranks, but this one is divided over "
+                f"{self._divided_by}: which samples were used cannot be told",
+                fix=f"resume on {position.divided_by} ranks, or give every rank the whole stream",
+            )
+
+    @property
+    def _divided_by(self) -> int:
+        return self._options.world_size if isinstance(self._source, Stream) and self._source.is_own else 1
 
     @property
     def has_restored_position(self) -> bool:
@@ -146,130 +192,46 @@ class PreparedDataLoader:
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of `epoch`; naming the current epoch keeps the position."""
         if epoch != self.epoch:
-            self.epoch, self._consumed, self._settles_at, self._restored = epoch, 0, None, False
+            self._go_to(epoch, 0)
+            self._restored = self._skipped = False
 
     def skip(self, num_batches: int) -> None:
-        """Let the next loop start at this epoch's batch `num_batches`."""
-        self._consumed, self._settles_at = self.layout.position_of(num_batches), None
-        self._restored = True
+        """Let the next loop start at this epoch's batch `num_batches`.
+
+        Raises:
+            DataError: D0506, unless it is a whole number of at least 0.
+        """
+        if not isinstance(num_batches, int) or num_batches < 0:
+            raise DataError(
+                "D0506", f"got {num_batches!r} batches to skip; expected a whole number of at least 0"
+            )
+        layout = self.layout or Layout(
+            2**62,
+            self.global_batch_size,
+            self._source.micro_batch,
+            self._options.world_size,
+            self._options.tail,
+        )
+        self._go_to(self.epoch, layout.position_of(num_batches))
+        self._skipped = True
 
     def settle(self) -> None:
         """Count the window whose last batch was yielded as used."""
         if self._settles_at is not None:
-            self._consumed, self._settles_at = self._settles_at, None
+            self._consumed, self._settles_at, self._stream = self._settles_at, None, self._stream_ahead
+
+    def stepped(self) -> None:
+        """Note that an optimizer has stepped on what was yielded last."""
+        self._was_stepped = True
+        if self._settles_at is not None:
+            self.settle()
+
+    def _go_to(self, epoch: int, consumed: int) -> None:
+        self.epoch, self._consumed, self._settles_at = epoch, consumed, None
+        self._stream = self._stream_ahead = None
 
     @property
     def has_stand_ins(self) -> bool:
         """Whether the last micro-step gave some rank rows that are no samples."""
         step = self.micro_step
         return step is not None and (step.padded_size != step.size or step.size < self._options.world_size)
-
-    def _begin(self) -> None:
-        if not self._restored:
-            self._consumed = 0
-        self._restored, self._settles_at = False, None
-        options = self._options
-        # torch's loader would draw from the global generator here, and dropout would shift after a resume.
-        self._generator.manual_seed(derive(self._seed, "workers", self.epoch, options.rank))
-
-    def _placed(self, batch: Any) -> Any:
-        device = self._options.device
-        if device.type == "cpu":
-            return batch
-        return map_tensors(lambda x: x.to(device, non_blocking=True), batch)
-
-    def share_indices(self) -> Iterator[list[int]]:
-        """Yield this rank's sample indices, one list per micro-step, from the position on."""
-        order, block, rows = self.order, [], 0
-        for step in self.layout.micro_steps(self._consumed):
-            share = share_of(step, self._options.rank, self._options.world_size)
-            block.append(_positions(share, step))
-            rows += share.rows
-            if rows >= _INDEX_BLOCK:
-                yield from _split(order, block)
-                block, rows = [], 0
-        if block:
-            yield from _split(order, block)
-
-
-class _ShareSampler:
-    """The batch sampler of the underlying loader: asks the prepared loader anew at every `iter`."""
-
-    def __init__(self, loader: PreparedDataLoader) -> None:
-        self._owner = loader
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._owner.share_indices()
-
-    def __len__(self) -> int:
-        return len(self._owner)
-
-
-def _positions(share: Share, step: MicroStep) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return the positions of a share, filled up cyclically with the window's own samples where it is padded."""
-    if share.rows == share.size or (not share.size and share.rows == 1):
-        return np.arange(share.start, share.start + share.rows, dtype=np.int64)
-    fill = step.start + np.arange(share.rows - share.size, dtype=np.int64) % step.size
-    return np.concatenate([np.arange(share.start, share.start + share.size, dtype=np.int64), fill])
-
-
-def _split(order: Order, block: list[np.ndarray[Any, np.dtype[np.int64]]]) -> Iterator[list[int]]:
-    samples = order(np.concatenate(block)).tolist()
-    start = 0
-    for positions in block:
-        yield samples[start : start + len(positions)]
-        start += len(positions)
-
-
-def _refuse_what_is_not_built(loader: DataLoader[Any]) -> None:
-    if type(loader) is not DataLoader:
-        raise NotBuiltError(
-            f"preparing a {type(loader).__name__}", fix="prepare a torch.utils.data.DataLoader"
-        )
-    if isinstance(loader.dataset, IterableDataset):
-        raise NotBuiltError("preparing a DataLoader over an IterableDataset", fix="use a map-style data set")
-    if not hasattr(loader.dataset, "__len__"):
-        raise DataError(
-            "D0501",
-            f"the data set {type(loader.dataset).__name__} has no length, so it cannot be divided over the ranks",
-            fix="give it a __len__",
-        )
-    if loader.batch_size is None:
-        raise NotBuiltError(
-            "preparing a DataLoader with a batch_sampler of its own or batch_size=None",
-            fix="give it a batch_size",
-        )
-    sampler = loader.sampler
-    with_own_draw = isinstance(sampler, RandomSampler) and (
-        sampler.replacement or sampler.num_samples != _samples_of(loader)
-    )
-    if with_own_draw or type(sampler) not in (RandomSampler, SequentialSampler):
-        raise NotBuiltError(
-            f"preparing a DataLoader with the sampler {type(sampler).__name__}",
-            fix="use shuffle=True or False",
-        )
-
-
-def _samples_of(loader: DataLoader[Any]) -> int:
-    return len(loader.dataset)  # type: ignore[arg-type]  # map-style, as checked
-
-
-def _with_batches(
-    loader: DataLoader[Any], batches: _ShareSampler, generator: torch.Generator
-) -> DataLoader[Any]:
-    """Return a loader like the user's, over other batches of indices."""
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=batches,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-        pin_memory_device=loader.pin_memory_device,
-        in_order=loader.in_order,
-    )

@@ -28,6 +28,8 @@ def gather_true_rows(
         DataError: if the leading dim of a tensor, or the length of a list, is not the batch's number of rows.
     """
     share = loader.share if loader is not None else None
+    if loader is not None and loader.is_unbatched and share is not None:
+        value, share = (value if share.size else _none_of(value)), None
     if objects or not tensors(value):
         return [item for part in collectives.gather_object(_true_items(value, share)) for item in part]
     return collectives.gather(
@@ -47,6 +49,11 @@ def refuse_after_the_loop(loader: PreparedDataLoader | None) -> None:
             "gather_for_metrics after the loop cannot tell samples from the rows that filled up its last batch",
             fix="call it inside the loop, batch by batch, and collect what it returns",
         )
+
+
+def _none_of(value: Any) -> Any:
+    """Return what a rank gives that has only a stand-in of unknown size."""
+    return map_tensors(lambda x: x.reshape(x.shape or (1,))[:0], value) if tensors(value) else []
 
 
 def _true_tensor(x: Tensor, share: Share) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -9,8 +10,7 @@ import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
 
-_ROUNDS = 8
-_MIN_HALF_BITS = 3  # below this the halves of a tiny data set are too narrow for the rounds to mix them
+_ROUNDS = 8  # even, so that both halves come out where they went in
 
 
 class Order(Protocol):
@@ -31,11 +31,10 @@ class Sequential:
 class Permutation:
     """A keyed pseudo-random permutation of range(n), evaluated only where it is asked.
 
-    A balanced Feistel network (Luby and Rackoff, "How to construct pseudorandom permutations", 1988) permutes the
-    smallest even-bit domain that holds n; positions that leave [0, n) are encrypted again until they come back
-    ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). The domain is less than
-    4n for n > 16, so a position needs fewer than four passes on average. The round function is the finaliser of
-    SplitMix64 (Steele, Lea and Flood, 2014).
+    A generalised Feistel network on Z_a x Z_b with a * b just above n, and "cycle walking": a position that leaves
+    [0, n) is encrypted again until it comes back (both: Black and Rogaway, "Ciphers with arbitrary finite domains",
+    2002). With a = ceil(sqrt(n)) fewer than sqrt(n) + 1 positions of the domain lie outside, so hardly any position
+    needs a second pass. The round function is the finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
 
     Args:
         n: Number of samples.
@@ -44,7 +43,8 @@ class Permutation:
 
     def __init__(self, n: int, key: int) -> None:
         self.n = n
-        self._half = max(_MIN_HALF_BITS, -(-max(n - 1, 1).bit_length() // 2))
+        left = max(1, math.isqrt(max(n - 1, 0)) + 1)
+        self._sizes = np.uint64(left), np.uint64(max(1, -(-n // left)))
         self._keys = _mix(np.uint64(key % 2**64) + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * _GOLDEN)
 
     def __call__(self, positions: Indices) -> Indices:
@@ -57,11 +57,11 @@ class Permutation:
         return found.astype(np.int64)
 
     def _encrypt(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        half, mask = np.uint64(self._half), np.uint64(2**self._half - 1)
-        left, right = values >> half, values & mask
-        for key in self._keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
-        return left << half | right
+        left, right = values % self._sizes[0], values // self._sizes[0]
+        for number, key in enumerate(self._keys):
+            size = self._sizes[number % 2]
+            left, right = right, (left + _mix(right ^ key) % size) % size
+        return right * self._sizes[0] + left
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -3,31 +3,33 @@
 A *window* is one global batch: the positions whose gradients make one optimizer step. It is cut into *micro-steps*
 of consecutive positions, and each micro-step is cut contiguously over the ranks. World size, micro-batch size and
 accumulation change the cuts inside a window, never the windows.
+
+What is counted is a *unit*: a sample, or a whole batch where the user's own batch sampler makes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from distrib.errors import ConfigError
 
 Tail = Literal["exact", "pad", "drop"]
 
 
-@dataclass(frozen=True)
-class MicroStep:
+class MicroStep(NamedTuple):
     """One forward and backward pass over all ranks.
 
     Attributes:
         start: First position.
-        size: Number of true samples over all ranks.
-        window_size: True samples of the window it belongs to.
+        size: Number of true units over all ranks.
+        window_size: True units of the window it belongs to.
         window_stop: First position after that window.
         closes: Whether it is the last of its window.
         padded_size: Rows over all ranks after padding; equals `size` unless the tail is padded.
         padded_window: Rows of the whole window after padding.
+        opens: Whether it is the first of its window.
     """
 
     start: int
@@ -37,20 +39,15 @@ class MicroStep:
     closes: bool
     padded_size: int
     padded_window: int
-
-    @property
-    def opens(self) -> bool:
-        """Whether it is the first of its window."""
-        return self.start == self.window_stop - self.window_size
+    opens: bool
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """One rank's part of a micro-step.
 
     Attributes:
         start: First position.
-        size: True samples, 0 for a rank that is left with nothing.
+        size: True units, 0 for a rank that is left with nothing.
         rows: Rows of the batch the model sees: `size`, more with padding, 1 for a stand-in.
     """
 
@@ -60,13 +57,15 @@ class Share:
 
     @property
     def is_stand_in(self) -> bool:
-        """Whether the rank has no sample of its own here: its rows only keep the model running."""
+        """Whether the rank has no unit of its own here: its rows only keep the model running."""
         return self.size == 0
 
 
 def share_of(step: MicroStep, rank: int, world_size: int) -> Share:
     """Cut a micro-step contiguously: sizes differ by at most one, larger first."""
     base, extra = divmod(step.size, world_size)
+    if not extra and base and step.padded_size == step.size:
+        return Share(step.start + rank * base, base, base)
     size = base + (rank < extra)
     start = step.start + rank * base + min(rank, extra)
     if step.padded_size != step.size:
@@ -76,13 +75,13 @@ def share_of(step: MicroStep, rank: int, world_size: int) -> Share:
 
 @dataclass(frozen=True)
 class Layout:
-    """How an epoch of `samples` samples is cut.
+    """How an epoch of `samples` units is cut.
 
     Attributes:
-        samples: Samples of the data set.
-        global_batch_size: Samples of a window (G).
-        micro_batch_size: Rows of a full batch on one rank.
-        world_size: Ranks that read different samples.
+        samples: Units of the data set.
+        global_batch_size: Units of a window (G).
+        micro_batch_size: Units of a full batch on one rank.
+        world_size: Ranks that read different units.
         tail: What happens to the last, shorter window and micro-step.
 
     Raises:
@@ -96,18 +95,19 @@ class Layout:
     tail: Tail = "exact"
 
     def __post_init__(self) -> None:
-        if self.tail == "pad" and self.global_batch_size % self._stride:
-            below = max(self.global_batch_size // self._stride, 1) * self._stride
+        if self.tail == "pad" and self.global_batch_size % self.stride:
+            below = max(self.global_batch_size // self.stride, 1) * self.stride
             raise ConfigError(
                 "D0120",
                 f"data.tail: pad needs full micro-batches, but the global batch of {self.global_batch_size} is no "
-                f"multiple of {self.world_size} ranks x {self.micro_batch_size} samples = {self._stride}",
+                f"multiple of {self.world_size} ranks x {self.micro_batch_size} samples = {self.stride}",
                 where="global_batch_size",
-                fix=f"use {below} or {below + self._stride}, or data.tail: exact",
+                fix=f"use {below} or {below + self.stride}, or data.tail: exact",
             )
 
     @property
-    def _stride(self) -> int:
+    def stride(self) -> int:
+        """Units of a full micro-step over all ranks."""
         return self.world_size * self.micro_batch_size
 
     @property
@@ -120,30 +120,35 @@ class Layout:
     def micro_steps(self, start: int = 0) -> Iterator[MicroStep]:
         """Yield the micro-steps from position `start` (a window's boundary) to the end of the epoch."""
         for at in range(start, self._stop_from(start), self.global_batch_size):
-            yield from self._window(at, min(self.global_batch_size, self.samples - at))
+            yield from self.window(at, min(self.global_batch_size, self.samples - at))
 
     def count(self, start: int = 0) -> int:
         """Return the number of micro-steps from position `start`: batches that every rank gets."""
         full, rest = divmod(max(self._stop_from(start) - start, 0), self.global_batch_size)
-        return full * -(-self.global_batch_size // self._stride) + -(-rest // self._stride)
+        return full * -(-self.global_batch_size // self.stride) + -(-rest // self.stride)
 
     def position_of(self, micro_step: int) -> int:
         """Return the position at which the epoch's micro-step of this index starts; its end if there are fewer."""
-        per_window = -(-self.global_batch_size // self._stride)
+        per_window = -(-self.global_batch_size // self.stride)
         window, inside = divmod(micro_step, per_window)
         start = window * self.global_batch_size
-        return min(start + inside * self._stride, self.stop)
+        return min(start + inside * self.stride, self.stop)
+
+    def window(self, start: int, size: int) -> list[MicroStep]:
+        """Return the micro-steps of one window of `size` units."""
+        stride, stop, padded = self.stride, start + size, size
+        if size <= stride and self.tail != "pad":
+            return [MicroStep(start, size, size, stop, True, size, size, True)]
+        if self.tail == "pad":
+            padded = -(-size // stride) * stride
+        steps = []
+        for at in range(start, stop, stride):
+            left = min(stride, stop - at)
+            rows = stride if self.tail == "pad" else left
+            steps.append(MicroStep(at, left, size, stop, at + left == stop, rows, padded, at == start))
+        return steps
 
     def _stop_from(self, start: int) -> int:
         if self.tail == "drop":
             return start + (self.samples - start) // self.global_batch_size * self.global_batch_size
         return self.samples
-
-    def _window(self, start: int, size: int) -> Iterator[MicroStep]:
-        stop, padded = start + size, size
-        if self.tail == "pad":
-            padded = -(-size // self._stride) * self._stride
-        for at in range(start, stop, self._stride):
-            left = min(self._stride, stop - at)
-            rows = self._stride if self.tail == "pad" else left
-            yield MicroStep(at, left, size, stop, at + left == stop, rows, padded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,6 +17,18 @@ class Memory:
 
     used_bytes: int
     total_bytes: int
+
+
+class Copier(ABC):
+    """Brings tensors to a device, while it computes if it can."""
+
+    @abstractmethod
+    def start(self, x: torch.Tensor) -> Any:
+        """Begin to copy; return what `finish` needs."""
+
+    @abstractmethod
+    def finish(self, started: Any) -> torch.Tensor:
+        """Return the copy, which the device's current stream may use."""
 
 
 class DeviceBackend(ABC):
@@ -74,6 +86,10 @@ class DeviceBackend(ABC):
     @abstractmethod
     def empty_cache(self) -> None:
         """Give unused cached memory back to the device."""
+
+    def copier(self, device: torch.device) -> Copier | None:
+        """Return what brings batches to `device`; None where they are there already."""
+        return None
 
 
 def check_local_rank(backend: DeviceBackend, local_rank: int) -> None:

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from distrib.devices.base import DeviceBackend, Memory, check_local_rank
+from distrib.devices.base import Copier, DeviceBackend, Memory, check_local_rank
+from distrib.devices.copying import StreamCopier
 
 _FIRST_BF16_CAPABILITY = (8, 0)  # Ampere; older GPUs only emulate it, slowly
 
@@ -63,3 +64,6 @@ class CudaDevice(DeviceBackend):
 
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
+
+    def copier(self, device: torch.device) -> Copier | None:
+        return StreamCopier(device)

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from distrib.devices.base import DeviceBackend, Memory, check_local_rank
+from distrib.devices.base import Copier, DeviceBackend, Memory, check_local_rank
+from distrib.devices.copying import PlainCopier
 
 _FIRST_BF16_MACOS = (14, 0)  # Metal knows bfloat16 from macOS 14 on
 
@@ -56,3 +57,6 @@ class MpsDevice(DeviceBackend):
 
     def empty_cache(self) -> None:
         torch.mps.empty_cache()
+
+    def copier(self, device: torch.device) -> Copier | None:
+        return PlainCopier(device)

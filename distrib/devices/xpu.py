@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from distrib.devices.base import DeviceBackend, Memory, check_local_rank
+from distrib.devices.base import Copier, DeviceBackend, Memory, check_local_rank
+from distrib.devices.copying import StreamCopier
 
 
 class XpuDevice(DeviceBackend):
@@ -55,3 +56,6 @@ class XpuDevice(DeviceBackend):
 
     def empty_cache(self) -> None:
         torch.xpu.empty_cache()
+
+    def copier(self, device: torch.device) -> Copier | None:
+        return StreamCopier(device)

@@ -1,6 +1,14 @@
-"""Number formats: the policy and its application to a model."""
+"""Number formats: the policy, its application to a model, and the loss scaler that fp16 needs."""
 
 from distrib.precision.autocast import apply_precision, autocast, remove_precision
 from distrib.precision.policy import PrecisionPolicy, resolve_precision
+from distrib.precision.scaler import LossScaler
 
-__all__ = ["PrecisionPolicy", "apply_precision", "autocast", "remove_precision", "resolve_precision"]
+__all__ = [
+    "LossScaler",
+    "PrecisionPolicy",
+    "apply_precision",
+    "autocast",
+    "remove_precision",
+    "resolve_precision",
+]

@@ -52,15 +52,18 @@ def remove_precision(model: nn.Module) -> nn.Module:
 def _under(
     policy: PrecisionPolicy, device: torch.device, forward: Callable[..., Any], *, bound: bool
 ) -> Callable[..., Any]:
+    dtype, narrow, wide = policy.compute, policy.compute, policy.output
+
+    def widen(x: torch.Tensor) -> torch.Tensor:
+        return x.to(wide) if x.dtype == narrow and wide is not None else x
+
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with autocast(policy, device):
+        with torch.autocast(device.type, dtype):
             result = forward(*args, **kwargs) if bound else forward(self, *args, **kwargs)
-        return map_tensors(functools.partial(_widen, policy), result)
+        if isinstance(result, torch.Tensor):
+            return result.to(wide) if result.dtype == narrow else result
+        return map_tensors(widen, result)
 
     setattr(run, _MARK, forward if bound else None)
     return run
-
-
-def _widen(policy: PrecisionPolicy, x: torch.Tensor) -> torch.Tensor:
-    return x.to(policy.output) if policy.output is not None and x.dtype == policy.compute else x

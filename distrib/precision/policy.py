@@ -11,6 +11,7 @@ from distrib.devices.base import DeviceBackend
 from distrib.errors import NotBuiltError, StrategyError
 
 LossScaling = Literal["none", "dynamic"]
+_COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class PrecisionPolicy:
     """Which number format is used where.
 
     Attributes:
-        name: The setting it came from: "no", "bf16".
+        name: The setting it came from: "no", "bf16", "fp16".
         param: dtype in which parameters and optimizer state are kept; None leaves them as they are.
         compute: dtype of matrix products under autocast; None for no autocast.
         reduce: dtype in which gradients are reduced; None for that of the gradient.
@@ -38,16 +39,18 @@ def resolve_precision(name: object, device: DeviceBackend, *, where: str | None 
     """Turn the setting `mixed_precision` into a policy that the device supports.
 
     Raises:
-        NotBuiltError: for fp16 and fp8, which this version does not have.
+        NotBuiltError: for fp8, which this version does not have.
         StrategyError: if the device cannot compute in that format.
     """
     if name == "no":
         return PrecisionPolicy()
-    if name != "bf16":
-        raise NotBuiltError(f"mixed_precision {name!r}", where=where, fix="use bf16 or no")
-    fits, reason = device.supports(torch.bfloat16)
+    if name not in _COMPUTE:
+        raise NotBuiltError(f"mixed_precision {name!r}", where=where, fix="use bf16, fp16 or no")
+    compute = _COMPUTE[str(name)]
+    fits, reason = device.supports(compute)
     if not fits:
         raise StrategyError(
-            "D0801", f"{device.name} does not support bf16: {reason}", where=where, fix="use no"
+            "D0801", f"{device.name} does not support {name}: {reason}", where=where, fix="use no"
         )
-    return PrecisionPolicy("bf16", compute=torch.bfloat16, output=torch.float32)
+    scaling: LossScaling = "dynamic" if compute is torch.float16 else "none"
+    return PrecisionPolicy(str(name), compute=compute, output=torch.float32, loss_scaling=scaling)

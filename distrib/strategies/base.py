@@ -70,15 +70,24 @@ class Strategy(ABC):
 
     @abstractmethod
     def gradient_sync(self, models: Sequence[nn.Module], *, enabled: bool) -> AbstractContextManager[None]:
-        """Return the context of one micro-step; with `enabled` false its gradients stay on the rank."""
+        """Return the context of one micro-step; with `enabled` false its gradients stay on the rank.
+
+        The context can be entered again and again: it is made once, not in each step.
+        """
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of `loss`; averaged over ranks when the micro-step synchronises."""
 
     @abstractmethod
-    def scale_gradients_(self, parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
-        """Multiply the gradients of `parameters` in place by a 0-d tensor."""
+    def scale_gradients_(
+        self, parameters: Iterable[nn.Parameter], factor: float, *, check_finite: bool = False
+    ) -> bool:
+        """Multiply the gradients of `parameters` in place.
+
+        Returns:
+            With `check_finite`, whether all of them are finite, the same answer on every rank; else True.
+        """
 
     @abstractmethod
     def clip_grad_norm_(

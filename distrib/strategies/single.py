@@ -15,6 +15,8 @@ from distrib.state import ShardedState, TensorSpec, TrainState
 from distrib.strategies import slices
 from distrib.strategies.base import Capabilities, StepResult, Strategy
 
+_STEPPED = StepResult(stepped=True)
+
 
 class Single(Strategy):
     """Whole models on one device; what strategies of whole replicas build upon."""
@@ -41,10 +43,14 @@ class Single(Strategy):
     def backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def scale_gradients_(self, parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    def scale_gradients_(
+        self, parameters: Iterable[nn.Parameter], factor: float, *, check_finite: bool = False
+    ) -> bool:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if gradients:
+        if not check_finite:
             torch._foreach_mul_(gradients, factor)
+            return True
+        return _scale_and_check(gradients, factor)  # replicas have the same gradients, so the same answer
 
     def clip_grad_norm_(
         self, parameters: Sequence[nn.Parameter], max_norm: float, norm_type: float = 2.0
@@ -56,7 +62,7 @@ class Single(Strategy):
 
     def step(self, optimizer: Optimizer) -> StepResult:
         optimizer.step()
-        return StepResult(stepped=True)
+        return _STEPPED
 
     def sharded_state(self, state: TrainState) -> ShardedState:
         models = [self.unwrap(model) for model in state.models]
@@ -71,8 +77,9 @@ class Single(Strategy):
     def loading(
         self, state: TrainState, stored: Mapping[str, TensorSpec], objects: Mapping[str, Any]
     ) -> AbstractContextManager[ShardedState]:
-        names = slices.parameter_names([self.unwrap(model) for model in state.models])
-        return slices.loading_whole(state, lambda: self.sharded_state(state), names, stored, objects)
+        models = [self.unwrap(model) for model in state.models]
+        names = slices.parameter_names(models)
+        return slices.loading_whole(state, models, lambda: self.sharded_state(state), names, stored, objects)
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -80,6 +87,21 @@ class Single(Strategy):
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model
+
+
+def _scale_and_check(gradients: Sequence[Tensor], factor: float) -> bool:
+    """Multiply and look for inf and NaN in one pass per device and dtype, with the kernel of torch's own scaler."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for gradient in gradients:
+        alike.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    found = []
+    for (device, dtype), group in alike.items():
+        found.append(torch.zeros((), device=device))
+        if dtype is torch.float64:  # the kernel's factor has 24 bits
+            torch._foreach_mul_(group, factor)
+        scale = torch.tensor(1.0 if dtype is torch.float64 else factor, dtype=torch.float32, device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(group, found[-1], scale)
+    return not any(bool(x) for x in found)
 
 
 def _move_state(optimizer: Optimizer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,21 +33,35 @@ def plain_name(name: str) -> str:
 
 
 def module_slices(module: nn.Module, prefix: str) -> ShardedState:
-    """Describe the parameters and persistent buffers of a plain module; tied ones are stored once."""
+    """Describe the parameters and persistent buffers of a plain module; tied ones are stored once.
+
+    What `state_dict` makes afresh (extra state, the work of hooks) is handed back by `load_state_dict`.
+    """
     tensors: dict[str, tuple[Slice, ...]] = {}
     objects: dict[str, Any] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
+    live = {id(x) for x in (*module.parameters(), *module.buffers())}
     for key, value in module.state_dict(keep_vars=True).items():
         name = prefix + plain_name(key)
         if not isinstance(value, Tensor):
             objects[name] = value
+        elif id(value) not in live:
+            slice_ = whole(name, value.detach())
+            tensors[name] = (replace(slice_, commit=_loader_of(module, key)),)
         elif id(value) in first:
             aliases[name] = first[id(value)]
         else:
             first[id(value)] = name
             tensors[name] = (whole(name, value.detach()),)
     return ShardedState(tensors, objects, aliases)
+
+
+def _loader_of(module: nn.Module, key: str) -> Callable[[Any], None]:
+    def load(value: Any) -> None:
+        module.load_state_dict({key: value}, strict=False)
+
+    return load
 
 
 def parameter_names(models: Sequence[nn.Module]) -> dict[int, str]:
@@ -78,7 +93,10 @@ def optimizer_slices(optimizer: Optimizer, names: Names, prefix: str) -> Sharded
         }
         for index, group in enumerate(optimizer.param_groups)
     ]
-    return ShardedState(tensors, {prefix.rstrip("/"): {"param_groups": groups, "state": scalars}})
+    kind = type(optimizer).__name__
+    return ShardedState(
+        tensors, {prefix.rstrip("/"): {"kind": kind, "param_groups": groups, "state": scalars}}
+    )
 
 
 def named_parameters(optimizer: Optimizer, names: Names) -> Iterator[tuple[str, nn.Parameter]]:
@@ -106,6 +124,7 @@ def joined(parts: Sequence[ShardedState]) -> ShardedState:
 @contextmanager
 def loading_whole(
     state: TrainState,
+    models: Sequence[nn.Module],
     describe: Callable[[], ShardedState],
     names: Names,
     stored: Mapping[str, TensorSpec],
@@ -115,11 +134,15 @@ def loading_whole(
 
     An error inside leaves the optimizers as they were.
     """
+    for index, optimizer in enumerate(state.optimizers):
+        _check_objects(optimizer, names, objects, optimizer_prefix(index).rstrip("/"))
     before = [dict(optimizer.state) for optimizer in state.optimizers]
     try:
         for index, optimizer in enumerate(state.optimizers):
             _allocate(optimizer, names, stored, optimizer_prefix(index))
         yield describe()
+        for index, model in enumerate(models):
+            _restore_extra_state(model, module_prefix(index), objects)
         for index, optimizer in enumerate(state.optimizers):
             _restore_objects(optimizer, names, objects, optimizer_prefix(index).rstrip("/"))
     except BaseException:
@@ -155,11 +178,25 @@ def _empty(spec: TensorSpec, parameter: nn.Parameter, group: Mapping[str, Any]) 
     return torch.zeros(spec.shape, dtype=spec.dtype, device=parameter.device if on_device else "cpu")
 
 
-def _restore_objects(optimizer: Optimizer, names: Names, objects: Mapping[str, Any], key: str) -> None:
+def _restore_extra_state(model: nn.Module, prefix: str, objects: Mapping[str, Any]) -> None:
+    for key, value in model.state_dict(keep_vars=True).items():
+        name = prefix + plain_name(key)
+        if not isinstance(value, Tensor) and name in objects:
+            _loader_of(model, key)(objects[name])
+
+
+def _check_objects(optimizer: Optimizer, names: Names, objects: Mapping[str, Any], key: str) -> None:
+    """Refuse the state of an optimizer of another class, or with other groups, before anything is changed."""
     stored = objects.get(key)
     if stored is None:
         return
-    groups = stored["param_groups"]
+    kind, groups = type(optimizer).__name__, stored["param_groups"]
+    if stored["kind"] != kind:
+        raise CheckpointError(
+            "D0793",
+            f"{key} is of class {kind}, the checkpoint has the state of a {stored['kind']}",
+            fix="build the optimizer of the saved run",
+        )
     if len(groups) != len(optimizer.param_groups):
         raise CheckpointError(
             "D0790",
@@ -173,7 +210,13 @@ def _restore_objects(optimizer: Optimizer, names: Names, objects: Mapping[str, A
                 f"{key}: parameter group {index} holds other parameters than in the checkpoint",
                 fix="build the optimizer with the groups of the saved run",
             )
-    for group, old in zip(optimizer.param_groups, groups, strict=True):
+
+
+def _restore_objects(optimizer: Optimizer, names: Names, objects: Mapping[str, Any], key: str) -> None:
+    stored = objects.get(key)
+    if stored is None:
+        return
+    for group, old in zip(optimizer.param_groups, stored["param_groups"], strict=True):
         group.update({name: value for name, value in old.items() if name != "params"})
     for name, parameter in named_parameters(optimizer, names):
         optimizer.state[parameter].update(stored["state"].get(name, {}))

@@ -2,106 +2,184 @@
 
 A *window* is the set of micro-steps whose gradients make one optimizer step. With a prepared loader it is a global
 batch, known by arithmetic; without one, micro-steps are counted. A mean loss is weighted beforehand, so `.grad` is
-right at once; a summed loss is divided by its total count at the first of clip and step.
+right at once; a summed loss is divided by its total count at the first of clip and step. Every optimizer has its own
+window, so that several models train side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from numbers import Real
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from distrib.errors import TrainingError
+from distrib.training.window import Count
 
 if TYPE_CHECKING:
     from distrib.data import LiveLoaders
-    from distrib.data.sharding import MicroStep, Share
+    from distrib.data.sharding import MicroStep
+    from distrib.precision.scaler import LossScaler
     from distrib.state import Runtime
     from distrib.strategies.base import Strategy
     from distrib.training.optimizer import PreparedOptimizer
 
-Count: TypeAlias = "int | Tensor"
+OVERFLOW, NOTHING_COUNTED = "the gradients are not finite", "nothing was counted"
+_MOST_SKIPPED = 10  # steps in a row
+
+
+class MicroStepScope:
+    """The context of one micro-step of some models; entered again and again."""
+
+    def __init__(self, accumulation: Accumulation, models: tuple[nn.Module, ...]) -> None:
+        self.models, self._accumulation = models, accumulation
+        self.owners = accumulation.owners_of(models)
+        self.counted = 0  # micro-steps of the open window when no loader is read
+        self.serial = 0
+        quiet = accumulation.strategy.gradient_sync(models, enabled=False)
+        self._quiet = None if isinstance(quiet, nullcontext) else quiet
+        self._is_quiet = False
+
+    def __enter__(self) -> None:
+        accumulation = self._accumulation
+        accumulation.enter(self)
+        if self._quiet is not None and not accumulation.closes:
+            self._is_quiet = True
+            self._quiet.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._accumulation.scope = None
+        if self._is_quiet and self._quiet is not None:
+            self._is_quiet = False
+            self._quiet.__exit__(None, None, None)
 
 
 class Accumulation:
-    """The open window of one accelerator.
+    """The windows of one accelerator.
 
     Args:
         strategy: Lays gradients out and synchronises them.
         runtime: Where and how counts are added over the ranks.
         live: The loader being read, if any, says where windows begin and end.
         steps: Micro-steps per window when no prepared loader is read.
+        scaler: Scales losses in fp16.
+        names: Returns the name of every parameter by its id, for messages.
+
+    Attributes:
+        closes: Whether the current micro-step is its window's last.
+        micro_step: That of the loader being read; None if none is.
+        scope: The `accumulate` that is open now.
     """
 
-    def __init__(self, strategy: Strategy, runtime: Runtime, live: LiveLoaders, steps: int) -> None:
-        self._strategy, self._collectives, self._live = strategy, runtime.collectives, live
-        self._device, self._steps = runtime.device, steps
+    def __init__(
+        self,
+        strategy: Strategy,
+        runtime: Runtime,
+        live: LiveLoaders,
+        steps: int,
+        *,
+        scaler: LossScaler | None = None,
+        names: Callable[[], Mapping[int, str]] = dict,
+    ) -> None:
+        self.strategy, self._collectives, self._live = strategy, runtime.collectives, live
+        self._device, self._steps, self._scaler, self._names = runtime.device, steps, scaler, names
         wide, _ = runtime.device_backend.supports(torch.float64)
         self._count_dtype = torch.float64 if wide else torch.float32
         self.optimizers: list[PreparedOptimizer] = []
         self.closes = True
-        self._inside = False
-        self._bound: MicroStep | None = None
-        self._accumulated: MicroStep | None = None  # the micro-step that `accumulate` was last entered for
-        self._counted = 0  # micro-steps of the open window when no loader is read
-        self._owners: Sequence[PreparedOptimizer] = ()
-        self._owners_found: dict[tuple[int, ...], Sequence[PreparedOptimizer]] = {}
-        self._kind: str | None = None  # "mean" or "sum", of this window's losses
-        self._micro_count: Count | None = None  # of this micro-step's summed losses
-        self._total: Count | None = None  # this rank's count over the window so far
-        self._divisor: float | None = None  # the count over all ranks, once it has been asked for
+        self.micro_step: MicroStep | None = None
+        self.scope: MicroStepScope | None = None
+        self.entered_for: MicroStep | None = None  # the micro-step that `accumulate` was last entered for
+        self._serial = 0  # counts windows
+        self._number = 0  # counts micro-steps
+        self._mean_weight, self._correction = 1 / steps, 1.0
+        self._sum_weight = self._collectives.world_size
+        self.divides = scaler is not None  # whether `finish` has anything to do
+        self.scopes: dict[tuple[nn.Module, ...], MicroStepScope] = {}
+        self._outside = self.accumulate(())
 
-    @contextmanager
-    def accumulate(self, models: Sequence[nn.Module]) -> Iterator[None]:
-        """Bind the batch that was yielded last; gradients of `models` stay on the rank unless it closes the window."""
-        if not self.bind():
-            self._count_micro_step()
-        self._owners = self._owners_of(models)
-        self._inside, self._accumulated = True, self._bound
-        try:
-            with self._strategy.gradient_sync(models, enabled=self.closes):
-                yield
-        finally:
-            self._inside = False
+    def accumulate(self, models: tuple[nn.Module, ...]) -> MicroStepScope:
+        """Return the context of one micro-step; gradients of `models` stay on the rank unless it closes a window."""
+        scope = self.scopes.get(models)
+        if scope is None:
+            scope = self.scopes[models] = MicroStepScope(self, models)
+        return scope
 
     def backward(self, loss: Tensor, count: Count | None) -> None:
         """Add the gradients of a mean loss, or of a summed loss and what it counts."""
-        if not self._inside:
-            self.bind()
-            self._owners = self.optimizers
-        self._check_kind("mean" if count is None else "sum")
-        weight = self._mean_weight() if count is None else self._sum_weight(count)
-        self._strategy.backward(loss if weight == 1 else loss * weight)
-        for optimizer in self._owners:
-            optimizer.note_backward(closing=self.closes)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise _wrong_loss(loss)
+        scope = self.scope
+        if scope is None:
+            scope = self._outside
+            self._bind_loader()
+        weight, scale = self._mean_weight, 1.0
+        if count is not None:
+            if type(count) is not int or count < 0:
+                _check_count(count)
+            weight, self.divides = self._sum_weight, True
+        if self._scaler is not None:
+            scale = self._scaler.scale
+            weight *= self._sum_factor(count)
+        for optimizer in scope.owners:
+            self._note(optimizer, count, scale)
+        factor = weight * scale
+        self.strategy.backward(loss if factor == 1 else loss * factor)
 
-    def finish(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Divide gradients of summed losses by the window's total count; whether anything was counted at all.
+    def finish_for(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Divide the gradients of the optimizers of `parameters`, before they are clipped."""
+        wanted = set(map(id, parameters))
+        for optimizer in self.optimizers:
+            if not wanted.isdisjoint(optimizer.parameter_ids):
+                self.finish(optimizer)
 
-        Collective in a window of summed losses. Each optimizer's gradients are divided once.
+    def finish(self, optimizer: PreparedOptimizer) -> None:
+        """Take the loss scale and the total count out of an optimizer's gradients, once.
+
+        Collective in a window of summed losses.
         """
-        if self._kind != "sum":
-            return True
-        total = self._total_count()
-        for optimizer in self._owners_of_parameters(parameters):
-            if not optimizer.divided and total:
-                optimizer.divided = True
-                factor = torch.tensor(1 / total, dtype=self._count_dtype, device=self._device)
-                self._strategy.scale_gradients_(optimizer.parameters(), factor)
-        return bool(total)
+        window = optimizer.window
+        if window.divided or window.kind is None:
+            return
+        window.divided = True
+        factor = self._correction / window.loss_scale if window.kind == "mean" else 1 / window.loss_scale
+        if window.kind == "sum":
+            total = self._total(window.total)
+            if not total:
+                window.unusable = NOTHING_COUNTED
+                return
+            factor /= total
+        if factor != 1 or self._scaler is not None:
+            check = self._scaler is not None
+            finite = self.strategy.scale_gradients_(optimizer.parameters(), factor, check_finite=check)
+            window.unusable = "" if finite else OVERFLOW
 
     def add(self, optimizer: PreparedOptimizer) -> None:
         """Take part in the windows with one more optimizer."""
         self.optimizers.append(optimizer)
-        self._owners_found.clear()
+        for models, scope in self.scopes.items():
+            scope.owners = self.owners_of(models)
+
+    def owners_of(self, models: tuple[nn.Module, ...]) -> list[PreparedOptimizer]:
+        """Return the optimizers of `models`; all of them for none."""
+        if not models:
+            return list(self.optimizers)
+        return [x for x in self.optimizers if any(x.trains(model) for model in models)]
 
     def reset(self) -> None:
-        """Forget the open window: a checkpoint has been loaded, and it will be replayed."""
-        self._bound, self._counted, self.closes = None, 0, True
-        self._open_window()
+        """Forget open windows: a checkpoint has been loaded, and they will be replayed."""
+        self.micro_step, self.closes = None, True
+        for scope in self.scopes.values():
+            scope.counted = 0
+        for optimizer in self.optimizers:
+            optimizer.abandon()
+
+    def was_left(self) -> bool:
+        """Whether the loop over a loader has ended in the middle of a window."""
+        return self.micro_step is not None and self._live.current is None
 
     def check_may_step(self) -> None:
         """Refuse a step in the middle of a window that `accumulate` was not told about.
@@ -109,99 +187,145 @@ class Accumulation:
         Raises:
             TrainingError: if the batch yielded last is not its window's last and `accumulate` is not in use.
         """
-        if self._inside:
-            return
-        self.bind()
-        if not self.closes and self._bound is not None and self._accumulated is not self._bound:
+        self._bind_loader()
+        if not self.closes and self.micro_step is not None and self.entered_for is not self.micro_step:
             raise TrainingError(
                 "D0601",
                 "optimizer.step() in the middle of a global batch: this run takes several micro-steps per step",
                 fix="put the loop's body into `with accelerator.accumulate(model):`",
             )
 
-    def bind(self) -> bool:
-        """Take up the micro-step of the loader being read; False if there is none."""
+    def stepped(self, optimizer: PreparedOptimizer) -> None:
+        """Note that a window's gradients are used up; what was yielded for it counts as consumed."""
+        window = optimizer.window
+        outcome, window.serial, window.kind, window.unusable = window.unusable, None, None, ""
+        self._live.stepped()
+        if self._scaler is not None and outcome != NOTHING_COUNTED:
+            self._adapt_scale(optimizer, self._scaler, finite=not outcome)
+
+    def enter(self, scope: MicroStepScope) -> None:
+        """Take up the micro-step of the loader being read, or count one for the models of `scope`."""
         loader = self._live.current
-        if loader is None or loader.micro_step is None:
-            if self._bound is not None:  # the loop over a loader has ended
-                self._bound, self._counted = None, 0
-                self.closes = True
+        is_bound = loader is not None and loader.micro_step is self.micro_step is not None
+        is_bound = is_bound or self._bind_loader()
+        self.scope, self.entered_for = scope, self.micro_step
+        if is_bound:
+            return
+        if scope.counted == 0:
+            self._serial += 1
+            scope.serial = self._serial
+        scope.counted += 1
+        self._number += 1
+        self.closes = scope.counted >= self._steps
+        if self.closes:
+            scope.counted = 0
+
+    def _bind_loader(self) -> bool:
+        loader = self._live.current
+        step = loader.micro_step if loader is not None else None
+        if step is self.micro_step:
+            return step is not None
+        self.micro_step = step
+        if step is None or loader is None:  # the loop over a loader has ended
+            self.closes, self._mean_weight, self._correction = True, 1 / self._steps, 1.0
+            self._sum_weight = self._collectives.world_size
+            self._serial += 1
             return False
-        step = loader.micro_step
-        if step is not self._bound:
-            self._bound, self.closes = step, step.closes
-            self._micro_count = None
-            if step.opens:
-                self._open_window()
+        self.closes = step.closes
+        self._number += 1
+        if step.opens:
+            self._serial += 1
+        self._mean_weight, self._correction = loader.weight_of_mean, loader.correction
+        self.divides = self.divides or self._correction != 1
+        self._sum_weight = self._collectives.world_size if loader.has_samples else 0
         return True
 
-    def _count_micro_step(self) -> None:
-        if self._counted == 0:
-            self._open_window()
-        self._counted += 1
-        self._micro_count = None
-        self.closes = self._counted >= self._steps
-        if self.closes:
-            self._counted = 0
+    def _note(self, optimizer: PreparedOptimizer, count: Count | None, scale: float) -> None:
+        """Enter one loss into an optimizer's window."""
+        window = optimizer.window
+        serial = self._serial if self.micro_step is not None or self.scope is None else self.scope.serial
+        if window.serial != serial:
+            if optimizer.holds:
+                optimizer.abandon()
+            window.open(serial)
+            window.loss_scale = scale
+        kind: Literal["mean", "sum"] = "mean" if count is None else "sum"
+        if window.kind != kind or window.divided:
+            window.check_kind(kind)
+        if window.loss_scale != scale:
+            optimizer.rescale(scale / window.loss_scale)
+            window.loss_scale = scale
+        if count is not None:
+            if window.micro_step != self._number:
+                window.micro_step, window.micro_count = self._number, count
+                window.total = window.total + count if self._sum_weight else window.total
+            else:
+                window.check_count(count)
+        optimizer.holds = not self.closes
 
-    def _open_window(self) -> None:
-        self._kind = self._total = self._divisor = None
-        for optimizer in self.optimizers:
-            optimizer.open_window()
+    def _sum_factor(self, count: Count | None) -> float:
+        """Return what summed losses are multiplied by in fp16: a power of two near 1 / count, the same all run long."""
+        assert self._scaler is not None, "only a loss scale needs it"
+        if count is None:
+            return 1.0
+        if self._scaler.sum_factor is None:  # the first sum of the run: collective
+            most = self._collectives.all_reduce_(self._scalar(count), "max")
+            self._scaler.sum_factor = float(2.0 ** -int(torch.log2(most.clamp_min(1)).ceil()))
+        return self._scaler.sum_factor
 
-    def _check_kind(self, kind: str) -> None:
-        if self._kind not in (None, kind):
+    def _total(self, mine: Count) -> float:
+        """Return the count over all ranks, in units of the losses' weight. Collective."""
+        total = float(self._collectives.all_reduce_(self._scalar(mine)))
+        return total if self._scaler is None else total * (self._scaler.sum_factor or 1.0)
+
+    def _scalar(self, value: Count) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.detach().to(self._device, self._count_dtype, copy=True).reshape(())
+        return torch.tensor(value, dtype=self._count_dtype, device=self._device)
+
+    def _adapt_scale(self, optimizer: PreparedOptimizer, scaler: LossScaler, *, finite: bool) -> None:
+        """Adapt the loss scale to the gradients of one more step.
+
+        Raises:
+            TrainingError: D0606, if they have not been finite for ten steps.
+        """
+        scaler.update(finite=finite)
+        if scaler.skipped_in_a_row >= _MOST_SKIPPED:
             raise TrainingError(
-                "D0602",
-                "backward(loss) and backward(loss_sum, count=n) are mixed in one global batch",
-                fix="use one of the two for all losses of a step",
+                "D0606",
+                f"the gradients of the last {_MOST_SKIPPED} steps were not finite, although the loss scale has fallen "
+                f"to {scaler.scale:g}; step {optimizer.num_steps + 1} was not taken; the first of them is "
+                f"{self._first_bad(optimizer)}",
+                fix="look for a division by zero or a logarithm of zero there, or use mixed_precision: bf16",
             )
-        self._kind = kind
 
-    def _share(self) -> Share | None:
-        loader = self._live.current
-        return loader.share if loader is not None and self._bound is not None else None
+    def _first_bad(self, optimizer: PreparedOptimizer) -> str:
+        names = self._names()
+        for parameter in optimizer.parameters():
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+                return f"that of {names.get(id(parameter), 'a parameter of no prepared model')}"
+        return "that of a parameter on another rank"
 
-    def _mean_weight(self) -> float:
-        """Weight of this rank's mean, so that the average over ranks, added up, is the window's mean."""
-        step, share = self._bound, self._share()
-        if step is None or share is None:
-            return 1 / self._steps
-        rows = share.rows if step.padded_size != step.size else share.size
-        return rows * self._collectives.world_size / step.padded_window
 
-    def _sum_weight(self, count: Count) -> float:
-        """Weight of this rank's sum against the average over ranks; notes what it counts."""
-        share = self._share()
-        weight = 0 if share is not None and share.is_stand_in else self._collectives.world_size
-        if self._micro_count is None:
-            counted = count if weight else count * 0
-            self._micro_count, self._total = count, counted if self._total is None else self._total + counted
-        elif bool(self._micro_count != count):
-            raise TrainingError(
-                "D0603",
-                f"two backward calls of one micro-step count {int(self._micro_count)} and {int(count)}; "
-                "they share one division, so the counts must be equal",
-                fix="add the losses up before one backward call, or normalise one of them yourself",
-            )
-        return weight
+def _wrong_loss(loss: object) -> TrainingError:
+    return TrainingError(
+        "D0607",
+        f"backward was given {_describe(loss)}; expected one number that requires grad",
+        fix="reduce the loss to one number with mean() or sum(), and do not detach it or compute it under no_grad",
+    )
 
-    def _total_count(self) -> float:
-        if self._divisor is None:
-            mine = torch.as_tensor(0 if self._total is None else self._total)
-            mine = mine.detach().to(self._device, self._count_dtype, copy=True).reshape(())
-            self._divisor = float(self._collectives.all_reduce_(mine))
-        return self._divisor
 
-    def _owners_of(self, models: Sequence[nn.Module]) -> Sequence[PreparedOptimizer]:
-        """Return the optimizers of `models`, remembered: the search would grow with the models."""
-        if not models:
-            return self.optimizers
-        key = tuple(map(id, models))
-        if key not in self._owners_found:
-            self._owners_found[key] = [x for x in self.optimizers if any(x.trains(model) for model in models)]
-        return self._owners_found[key]
+def _describe(loss: object) -> str:
+    if not isinstance(loss, Tensor):
+        return f"a {type(loss).__name__}"
+    return f"a tensor of shape {tuple(loss.shape)}" + ("" if loss.requires_grad else " without grad")
 
-    def _owners_of_parameters(self, parameters: Iterable[nn.Parameter]) -> list[PreparedOptimizer]:
-        wanted = {id(parameter) for parameter in parameters}
-        return [optimizer for optimizer in self.optimizers if wanted & optimizer.parameter_ids]
+
+def _check_count(count: object) -> None:
+    fits = count.numel() == 1 if isinstance(count, Tensor) else isinstance(count, Real) and float(count) >= 0
+    if not fits:
+        raise TrainingError(
+            "D0608",
+            f"backward was given count={count!r:.80}; expected a number of at least 0, or a tensor that holds one",
+            fix="pass how many tokens or samples the summed loss of this rank counts",
+        )

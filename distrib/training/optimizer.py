@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from distrib.errors import NotBuiltError
+from distrib.training.window import Window
 
 if TYPE_CHECKING:
-    from distrib.data import LiveLoaders
     from distrib.strategies.base import Strategy
     from distrib.training.accumulation import Accumulation
+
+_PARAMETERS = itemgetter("params")
 
 
 class PreparedOptimizer(Optimizer):
@@ -25,19 +29,18 @@ class PreparedOptimizer(Optimizer):
         optimizer: The user's own optimizer.
         num_steps: Real steps taken since the run began, over restarts.
         stepped: Whether the last call of `step` changed the parameters.
+        skipped: Whether the last step at a window's end left them unchanged.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, strategy: Strategy, accumulation: Accumulation, live: LiveLoaders
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, strategy: Strategy, accumulation: Accumulation) -> None:
         self.optimizer = optimizer
-        self._strategy, self._accumulation, self._live = strategy, accumulation, live
+        self._strategy, self._accumulation = strategy, accumulation
         self.parameter_ids = frozenset(id(parameter) for parameter in self.parameters())
         self.num_steps = 0
         self.stepped = False
         self.skipped = False
-        self.divided = False
-        self._holds = False  # gradients of an open window lie in .grad
+        self.window = Window()
+        self.holds = False  # gradients of an open window lie in .grad
         accumulation.add(self)
 
     @property
@@ -87,38 +90,41 @@ class PreparedOptimizer(Optimizer):
         """
         if closure is not None:
             raise NotBuiltError("optimizer.step(closure)", fix="call backward before step()")
-        accumulation = self._accumulation
-        accumulation.check_may_step()
+        accumulation, window = self._accumulation, self.window
+        if accumulation.scope is None:
+            accumulation.check_may_step()
         self.stepped = False
         if not accumulation.closes:
-            self._holds = True
+            self.holds = True
             return
-        counted = accumulation.finish(self.parameters())
-        self.stepped = counted and self._strategy.step(self.optimizer).stepped
+        if accumulation.divides and not window.divided:
+            accumulation.finish(self)
+        self.stepped = not window.unusable and self._strategy.step(self.optimizer).stepped
         self.skipped = not self.stepped
         self.num_steps += self.stepped
-        self._holds = False
-        self._live.stepped()
+        self.holds = False
+        accumulation.stepped(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 (torch's signature)
         """Clear the gradients, unless an open window still adds to them."""
-        if self._holds:
-            self._accumulation.bind()  # a loop that was left in mid-window has begun anew
-        if not self._holds:
+        if not self.holds or self._accumulation.was_left():
+            self.holds = False
+            self.window.serial = self.window.kind = None
             self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all parameters of all groups."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return list(chain.from_iterable(map(_PARAMETERS, self.optimizer.param_groups)))
 
     def trains(self, model: nn.Module) -> bool:
         """Whether any parameter of `model` is this optimizer's."""
         return any(id(parameter) in self.parameter_ids for parameter in model.parameters())
 
-    def open_window(self) -> None:
-        """A new window begins: what lies in .grad is no longer needed."""
-        self._holds = self.divided = False
+    def abandon(self) -> None:
+        """Forget the open window with its gradients: it will be replayed from its beginning."""
+        self.holds = False
+        self.zero_grad()
 
-    def note_backward(self, *, closing: bool) -> None:
-        """Gradients of the open window have been added; `closing` if they were its last."""
-        self._holds = not closing
+    def rescale(self, factor: float) -> None:
+        """Multiply the gradients of the open window: the loss scale has changed meanwhile."""
+        self._strategy.scale_gradients_(self.parameters(), factor)

@@ -21,11 +21,14 @@ class PreparedScheduler:
 
     def __init__(self, scheduler: Any, optimizers: Sequence[PreparedOptimizer]) -> None:
         self.scheduler, self._optimizers = scheduler, optimizers
+        self._owner: PreparedOptimizer | None = None
         self.steps_seen = 0
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Advance the schedule if the optimizer has really stepped since the last call."""
-        steps = self._owner().num_steps
+        if self._owner is None:
+            self._owner = self._find_owner()
+        steps = self._owner.num_steps
         if steps != self.steps_seen:
             self.steps_seen = steps
             self.scheduler.step(*args, **kwargs)
@@ -35,7 +38,7 @@ class PreparedScheduler:
             raise AttributeError(name)
         return getattr(self.scheduler, name)
 
-    def _owner(self) -> PreparedOptimizer:
+    def _find_owner(self) -> PreparedOptimizer:
         wanted = getattr(self.scheduler, "optimizer", None)
         for optimizer in self._optimizers:
             if wanted is optimizer or wanted is optimizer.optimizer:

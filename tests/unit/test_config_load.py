@@ -302,10 +302,9 @@ def test_a_flag_may_leave_the_options_of_the_files_strategy_idle(load: Any) -> N
     ("text", "available"),
     [
         ("strategy: fsdp", "auto, single, ddp"),
-        ("mixed_precision: fp16", "no, bf16"),
-        ("mixed_precision: {compute: bf16}", "no, bf16"),
+        ("mixed_precision: fp8", "no, fp16, bf16"),
+        ("mixed_precision: {compute: bf16}", "no, fp16, bf16"),
         ("device: xla", "auto, cpu, cuda, mps, xpu"),
-        ("ddp: {find_unused_parameters: auto}", "true, false"),
         ("launch: {backend: slurm}", "local"),
         ("launch: {nnodes: 2}", "1"),
         ("launch: {nnodes: 1:4}", "1"),

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 from distrib_launcher.cli import run
+from distrib_launcher.commands.launch import most_processes
 from distrib_launcher.commands.options import flags
+
+import distrib
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +100,16 @@ def test_a_flag_sets_its_key(capsys: pytest.CaptureFixture[str], words: list[str
         (["--nproc-per-nod", "2"], ["D0306", "--nproc-per-nod", "did you mean '--nproc-per-node'"]),
         (["-n", "0"], ["D0106", "--nproc-per-node", "got 0"]),
         (["-n", "two"], ["D0106", "--nproc-per-node", "'two'"]),
+        (["-n", "-1"], ["D0106", "--nproc-per-node", "got -1"]),
+        (["--grace", "-1"], ["D0106", "--grace", "got -1"]),
+        (["--seed=-1"], ["D0106", "--seed", "got -1"]),
+        (["-n", "5000"], ["D0106", "--nproc-per-node", "got 5000", "at most"]),
+        (["-n", "99999999999999999999", "--dry-run"], ["D0106", "--nproc-per-node", "at most"]),
+        (["--mixed-precision", "--cpu"], ["D0106", "--mixed-precision", "'--cpu'"]),
+        (["-n", "2", "-n", "3"], ["D0308", "--nproc-per-node is given as '2' and as '3'"]),
+        (["--set", "seed=1", "--set", "seed=2"], ["D0308", "--set seed is given as '1' and as '2'"]),
+        (["-c", "a.yaml", "--config", "b.yaml"], ["D0308", "--config is given as 'a.yaml' and as 'b.yaml'"]),
+        (["-m", "--no-python"], ["D0308", "--module", "--no-python"]),
         (["-n", "2", "--num-processes", "3"], ["D0308", "--nproc-per-node", "--num-processes"]),
         (["--set", "seed"], ["D0309", "seed", "KEY=VALUE"]),
         (["--set", "sed=3"], ["D0105", "--set sed", "seed"]),
@@ -173,5 +186,38 @@ def test_an_unknown_command_is_named_with_the_nearest(capsys: pytest.CaptureFixt
     assert "did you mean 'launch'" in capsys.readouterr().err
 
 
-def test_the_same_value_twice_is_no_contradiction() -> None:
+def test_the_same_value_twice_is_no_contradiction(capsys: pytest.CaptureFixture[str]) -> None:
     assert flags([("seed", "1", "--seed")], ["seed=1"]) == {"seed": ("1", "--seed")}
+    assert "seed = 1  (--seed)" in shown(capsys, "--seed", "1", "--seed", "1", "--cpu", "--cpu", "--explain")
+
+
+def test_a_script_with_quite_another_name_is_not_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["launch", "nope.py"], {}) == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_values_too_in_whichever_order_it_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    orders = [("--dry-run", "--explain"), ("--explain", "--dry-run"), ("--dry-run",)]
+    seen = {shown(capsys, "--seed", "1", *order, "train.py") for order in orders}
+
+    assert len(seen) == 1
+    assert "seed = 1  (--seed)" in seen.pop()
+
+
+def test_no_command_shows_the_help_and_is_a_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([], {}) == 2
+
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()[0]) == ("", "Usage: distrib [OPTIONS] COMMAND [ARGS]...")
+    assert "launch" in err
+
+
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"], {}) == 0
+    assert capsys.readouterr().out == f"distrib {distrib.__version__}\n"
+
+
+def test_no_limit_of_open_files_allows_more_processes_than_any_machine_needs() -> None:
+    assert most_processes(10**9) == 4096

@@ -3,10 +3,11 @@ from __future__ import annotations
 import itertools
 import os
 
-from distrib_launcher.output import Assembler, Pump, Source, Surface
+import pytest
+from distrib_launcher.output import Assembler, Pump, Source, Surface, fitting
 from hypothesis import given, strategies as st
 
-LINE = st.binary(max_size=20).map(lambda raw: raw.replace(b"\n", b"").replace(b"\r", b""))
+LINE = st.binary(max_size=20).map(lambda raw: raw.translate(None, b"\n\r\x1b"))
 
 
 def chunks(data: bytes, cuts: list[int]) -> list[bytes]:
@@ -45,6 +46,25 @@ def test_of_an_overwritten_line_the_last_state_is_kept() -> None:
     assert assembler.progress == b""
 
 
+def test_bars_below_one_another_are_lines_and_one_progress_line() -> None:
+    assembler = Assembler()
+    up = b"\x1b[A"
+    started = assembler.feed(b"\router 0%") + assembler.feed(b"\n\rinner 0%" + up)
+    inner = assembler.feed(b"\n\rinner 50%" + up)
+    shown = assembler.progress
+    ended = assembler.feed(b"\router 50%") + assembler.feed(b"\n\rinner 0%" + up)
+
+    assert (started, inner, shown, ended) == ([b"outer 0%"], [], b"inner 50%", [b"outer 50%"])
+    assert assembler.feed(b"\n\n\rinmost 0%" + up + up) == []
+    assert assembler.progress == b"inmost 0%"
+
+
+def test_colors_pass_and_what_moves_the_cursor_does_not() -> None:
+    line = b"\x1b[2J\x1b[1;31mred\x1b[0m\x1b[K\x1b[3D\n"
+
+    assert Assembler().feed(line) == [b"\x1b[1;31mred\x1b[0m"]
+
+
 def test_a_windows_line_end_is_one_line_end() -> None:
     assembler = Assembler()
 
@@ -57,6 +77,50 @@ def test_memory_does_not_grow_with_progress() -> None:
         assembler.feed(b"\r%5d" % step)
 
     assert len(assembler.tail) < 20
+
+
+def test_a_line_without_an_end_comes_in_pieces_and_never_fills_the_memory() -> None:
+    assembler, chunk = Assembler(), b"x" * (1 << 16)
+    pieces = []
+    for _ in range(100):
+        pieces += assembler.feed(chunk)
+        assert len(assembler.tail) <= 1 << 20
+
+    assert len(pieces) == 5
+    assert b"".join(pieces + assembler.finish()) == chunk * 100
+
+
+@pytest.mark.parametrize(
+    ("line", "columns", "shown"),
+    [
+        ("50%|█████|", 6, "50%|██"),
+        ("50%|█████|", 10, "50%|█████|"),
+        ("日本語", 5, "日本"),
+        ("e\u0301te\u0301", 2, "e\u0301t"),
+        ("\x1b[32mgreen\x1b[0m", 3, "\x1b[32mgre\x1b[0m"),
+        ("\x1b[1;32mgreen\x1b[0m", 5, "\x1b[1;32mgreen\x1b[0m"),
+    ],
+)
+def test_a_line_is_cut_between_characters_to_what_a_terminal_shows(
+    line: str, columns: int, shown: str
+) -> None:
+    assert fitting(line.encode(), columns).decode() == shown
+
+
+def test_bytes_that_are_no_text_pass_as_they_are_where_they_fit() -> None:
+    assert fitting(b"\xff\x80", 5) == b"\xff\x80"
+
+
+def test_a_message_of_the_launcher_replaces_what_the_keyboard_left_on_a_terminal() -> None:
+    assert Surface(terminal=True).message(b"Ctrl-C") == b"\r\x1b[KCtrl-C\n"
+    assert Surface(terminal=False).message(b"Ctrl-C") == b"Ctrl-C\n"
+
+
+def test_a_message_of_the_launcher_stands_above_the_progress_line() -> None:
+    surface = Surface(terminal=True)
+    surface.progress("a", b"10%")
+
+    assert surface.message(b"Ctrl-C") == b"\r\x1b[KCtrl-C\n10%"
 
 
 def test_a_terminal_shows_another_ranks_line_above_the_progress_line() -> None:

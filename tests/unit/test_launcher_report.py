@@ -15,7 +15,9 @@ def raised(rank: int, at: float, name: str = "ValueError", *, stopped: bool = Fa
         "type": name,
         "bases": [name, "Exception"],
         "lines": [f"{name}: no"],
+        "left_out": 0,
         "frames": [["/home/me/train.py", 7, "main", "step()"]],
+        "parts": [],
         "causes": [],
         "exit_code": 1,
         **event,
@@ -128,21 +130,52 @@ FRAME = st.tuples(st.sampled_from(["/me/a.py", "/v/site-packages/b.py"]), st.int
 
 
 @given(
-    lines=st.lists(TEXT.map(lambda text: " ".join(text.split())), min_size=1, max_size=60),
+    lines=st.lists(TEXT, min_size=1, max_size=60),
     frames=st.lists(FRAME, max_size=60),
-    causes=st.lists(TEXT, max_size=3),
+    left_out=st.integers(0, 9),
+    parts=st.lists(st.tuples(st.integers(1, 3), TEXT, st.lists(FRAME, max_size=3)), max_size=20),
+    causes=st.lists(st.tuples(TEXT, st.lists(FRAME, max_size=3)), max_size=3),
     others=st.lists(st.sampled_from([raised, asked, fine]), max_size=80),
 )
 def test_the_report_is_short_and_ends_with_the_code(
-    lines: list[str], frames: list[list[Any]], causes: list[str], others: list[Any]
+    lines: list[str], frames: list[list[Any]], others: list[Any], **rest: Any
 ) -> None:
-    frames = [[path, number, *(" ".join(text.split()) for text in rest)] for path, number, *rest in frames]
-    root = raised(0, 1.0, lines=lines, frames=frames, causes=causes)
+    root = raised(0, 1.0, lines=lines, frames=frames, **rest)
     found = shown(root, *(make(rank, 2.0) for rank, make in enumerate(others, 1)))
 
     assert len(found) <= MAX_LINES
     assert found[-1] == "exit code 1"
     assert all(len(line) <= 300 for line in found)
+
+
+def test_a_cause_whose_text_the_message_repeats_is_left_out() -> None:
+    frames = [["/home/me/train.py", 3, "load", ""], ["/v/site-packages/x.py", 9, "read", ""]]
+    causes = [["OSError: disk gone", frames], ["KeyError: 'a'", frames]]
+    lines = shown(raised(0, 1.0, lines=["DataError: cannot read: disk gone"], causes=causes))
+
+    assert [line for line in lines if "because" in line] == [
+        "  because of KeyError: 'a' (/home/me/train.py:3)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "code"),
+    [
+        ("CollectiveError", "error[D0402] gather failed: anything", 124),
+        ("CollectiveError", "error[D0401] the ranks do not agree", 1),
+        ("RuntimeError", "[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1", 124),
+        ("RuntimeError", "Timed out waiting 1000ms for recv operation to complete", 124),
+        ("DistBackendError", "NCCL error: remote process exited or there was a network error", 124),
+        ("DistBackendError", "NCCL error: CUDA out of memory", 1),
+        ("ConnectionError", "https://data.example: Connection reset by peer", 1),
+        ("ValueError", "no", 1),
+    ],
+)
+def test_only_a_lost_or_late_peer_without_another_cause_is_a_124(name: str, text: str, code: int) -> None:
+    lost = raised(0, 1.0, name, bases=[name, "Exception"], lines=[f"{name}: {text}"])
+
+    assert exit_code(Ended((lost, asked(1, 2.0)))) == code
+    assert shown(lost, asked(1, 2.0))[-1] == f"exit code {code}"
 
 
 def test_an_interrupt_is_one_line() -> None:

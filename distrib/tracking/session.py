@@ -1,0 +1,179 @@
+"""The trackers of one run: started together, written to by the main rank, closed at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from distrib.collectives.base import Collectives
+from distrib.errors import DistribError, StrategyError, did_you_mean
+from distrib.logging import notice
+from distrib.registry import Registry
+from distrib.tracking.base import SilentTracker, Tracker
+from distrib.tracking.values import reduce_values
+
+T = TypeVar("T")
+
+
+class Session:
+    """Trackers by name, before and after they have been started.
+
+    Args:
+        names: Names in the registry.
+        own: Trackers that the script has made itself.
+        registry: Where names are looked up.
+        collectives: How values are reduced.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        own: Iterable[Tracker],
+        registry: Registry[type[Tracker]],
+        collectives: Collectives,
+    ) -> None:
+        self._names, self._own, self._registry = tuple(dict.fromkeys(names)), tuple(own), registry
+        self._collectives = collectives
+        self._running: dict[str, Tracker] | None = None
+        self._told: set[str] = set()
+
+    @property
+    def trackers(self) -> list[Tracker]:
+        """Those that run; on other ranks than the main one, stand-ins that do nothing."""
+        return list((self._running or {}).values())
+
+    def start(
+        self,
+        project: str,
+        folder: Path,
+        config: Mapping[str, Any] | None,
+        options: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Start all trackers on the main rank. Collective.
+
+        Raises:
+            StrategyError: on every rank, if one is misused or needs what is not installed.
+        """
+        self.finish()
+        error = None
+        if self._collectives.rank == 0:
+            try:
+                self._check_options(options)
+                self._start_here(project, folder, config, options)
+            except DistribError as found:
+                self.finish()
+                error = found
+        error = self._collectives.broadcast_object(error)
+        if error is not None:
+            raise error
+        if self._collectives.rank:
+            self._running = {name: SilentTracker(name) for name in self._all_names}
+
+    def log(self, values: Mapping[str, Any], step: int | None) -> dict[str, float]:
+        """Reduce values over the ranks, and let each tracker of the main rank write them. Collective."""
+        reduced = reduce_values(values, self._collectives)
+        if self._collectives.rank == 0:
+            if self._running is None and self._all_names:
+                self._tell("log", "log: init_trackers has not been called, so the values go nowhere")
+            for name, tracker in (self._running or {}).items():
+                self._attempt(name, partial(tracker.log, dict(reduced), step))
+        return reduced
+
+    def get(self, name: str) -> Tracker:
+        """Return a tracker by its name.
+
+        Raises:
+            StrategyError: if no such tracker runs; the message lists those that do.
+        """
+        running = self._running or {}
+        if name not in running:
+            known = ", ".join(running) or "none; init_trackers starts them"
+            raise StrategyError(
+                "D0818",
+                f"no tracker {name!r} is running; there are: {known}{did_you_mean(name, running)}",
+                fix="add it to tracking.log_with, and call init_trackers first",
+            )
+        return running[name]
+
+    def finish(self) -> None:
+        """Close all trackers; they may be started again."""
+        running, self._running = self._running or {}, None
+        for name, tracker in running.items():
+            self._attempt(name, tracker.finish)
+
+    @property
+    def _all_names(self) -> tuple[str, ...]:
+        return (*self._names, *(tracker.name for tracker in self._own))
+
+    def _start_here(
+        self,
+        project: str,
+        folder: Path,
+        config: Mapping[str, Any] | None,
+        options: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self._running = {}
+        own = {tracker.name: tracker for tracker in self._own}
+        for name in self._all_names:
+
+            def begin(name: str = name) -> Tracker:
+                tracker = own[name] if name in own else self._registry.get(name)()
+                tracker.start(project, folder, config, options.get(name, {}))
+                return tracker
+
+            tracker = self._attempt(name, begin, passing=DistribError)
+            self._running[name] = tracker or SilentTracker(name)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        names = self._all_names
+        for name in options:
+            if name not in names:
+                raise StrategyError(
+                    "D0820",
+                    f"init_kwargs names {name!r}, but this run logs with {', '.join(names) or 'nothing'}"
+                    f"{did_you_mean(name, names)}",
+                    fix="correct it, or add it to tracking.log_with",
+                )
+
+    def _attempt(
+        self, name: str, action: Callable[[], T], passing: type[Exception] | tuple[()] = ()
+    ) -> T | None:
+        """Do something with a tracker; whatever it raises, but for `passing`, is told once and does no harm."""
+        try:
+            return action()
+        except passing:
+            raise
+        except Exception as error:  # noqa: BLE001 (a plug-in of whatever kind must not end the training)
+            self._tell(
+                name, f"the tracker {name} failed, and may have lost values: {type(error).__name__}: {error}"
+            )
+            return None
+
+    def _tell(self, about: str, text: str) -> None:
+        if about not in self._told:
+            self._told.add(about)
+            notice(text)
+
+
+def split_names(log_with: Any) -> tuple[list[str] | None, list[Tracker]]:
+    """Take apart what `Accelerator(log_with=...)` may be: a name, a Tracker, or a sequence of these; None for nothing.
+
+    Returns:
+        The names, None if nothing was given; and the script's own trackers.
+
+    Raises:
+        StrategyError: for anything else.
+    """
+    if log_with is None:
+        return None, []
+    given = [log_with] if isinstance(log_with, (str, Tracker)) else list(log_with)
+    for x in given:
+        if not isinstance(x, (str, Tracker)):
+            raise StrategyError(
+                "D0820",
+                f"log_with has {x!r}; expected names of trackers, or objects of subclasses of distrib.tracking.Tracker",
+                fix="pass such as log_with=['jsonl']",
+            )
+    return [x for x in given if isinstance(x, str)], [x for x in given if isinstance(x, Tracker)]

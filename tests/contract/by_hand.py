@@ -1,0 +1,47 @@
+"""What a person writes without us, for each strategy: the measure of how often ranks may talk."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
+
+WRAPPED_BY_HAND = {"single": lambda model: model, "ddp": DistributedDataParallel}
+
+
+def wide_model() -> nn.Module:
+    """About 30 MB of parameters, so that gradients travel in several buckets."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(1000, 1000) for _ in range(7)), nn.Linear(1000, 1))
+
+
+def counted(work) -> int:
+    """Return how many operations of the process group `work()` makes on this rank."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        work()
+    return sum(event.count for event in seen.key_averages() if event.key.startswith(("gloo:", "nccl:")))
+
+
+def by_hand(strategy: str, accumulation: int, clip: bool) -> int:
+    """Return the operations of one optimizer step, after one that warms up."""
+    if strategy != "single":
+        dist.init_process_group("gloo")
+    model = WRAPPED_BY_HAND[strategy](wide_model())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        for micro_step in range(accumulation):
+            last = micro_step == accumulation - 1
+            with nullcontext() if last or strategy == "single" else model.no_sync():
+                (model(torch.ones(2, 1000)).mean() / accumulation).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return counted(step)
