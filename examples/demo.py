@@ -3,6 +3,7 @@
 Everything that it claims at the end has been checked; it exits with 1 if anything does not hold.
 """
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -11,48 +12,86 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
-RUN = "runs/demo"  # below ROOT, where everything runs
+ROOT = Path(__file__).resolve().parent.parent  # where the launches run
 STEPS, SAVE_EVERY, KILL_AT = 80, 20, 50
-COMMAND = [
-    *("distrib", "launch", "--config", "examples/gpt.yaml", "--set", f"project_dir={RUN}"),
-    *("examples/gpt.py", "--steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--log-every", "1"),
-]
+STEP_LINE = re.compile(r"step +(\d+)/\d+ +loss ([\d.]+).* ([\d,]+) tokens/s")
+
+
+class Screen:
+    """Where the demo writes: whole lines and, on a terminal, one line at the end that renews itself."""
+
+    def __init__(self, out):
+        self.out, self.renews, self.open = out, out.isatty(), False
+
+    def line(self, text=""):
+        """Write a line below all others; a progress line that stands there stays as it is."""
+        self.out.write(f"{self.newline()}{text}\n")
+        self.out.flush()
+
+    def progress(self, text, *, keep):
+        """Write a line in place of the last progress line; where lines cannot be renewed, only if it is to be kept."""
+        if self.renews:
+            room = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be renewed
+            self.out.write(f"\r{text[:room]}\x1b[K")
+            self.open = True
+            self.out.flush()
+        elif keep:
+            self.line(text)
+
+    def newline(self):
+        """Return what ends the progress line, if there is one."""
+        was_open, self.open = self.open, False
+        return "\n" if was_open else ""
 
 
 class Launch:
-    """One run of COMMAND. Its output is shown as it comes; progress renews one line if this is a terminal."""
+    """One launch of the training, whose output is shown as it comes."""
 
-    def __init__(self, kill_at=None):
+    def __init__(self, folder, screen, kill_at=None):
+        self.screen = screen
         self.losses = {}  # step -> loss, as printed
-        self.rates = []  # tokens/s
+        self.rate = ""  # tokens/s, as printed last
         self.lines = []
         self.killed = None  # pid
-        command = [sys.executable, "-m", *COMMAND]
-        print(f"$ {' '.join(COMMAND)}", flush=True)
+        command = [
+            *("distrib", "launch", "--config", "examples/gpt.yaml", "--set", f"project_dir={folder}"),
+            *("examples/gpt.py", "--steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--log-every", "1"),
+        ]
+        screen.line(f"$ {' '.join(command)}")
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, "-m", *command],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         ) as process:
-            for line in process.stdout:
-                step = self.note(line.rstrip())
-                if kill_at is not None and step == kill_at:
-                    self.killed = kill_rank(1, process.pid)
+            try:
+                self.follow(process, kill_at)
+            except KeyboardInterrupt:  # the launcher has got it too
+                self.follow(process)
+                raise
         self.exit_code = process.returncode
+        if not self.losses:
+            raise SystemExit(f"demo: no step was trained; the launch ended with exit code {self.exit_code}")
+
+    def follow(self, process, kill_at=None):
+        """Show what a launch prints until it ends; let it lose rank 1 after step `kill_at`."""
+        for line in process.stdout:
+            step = self.note(line.rstrip())
+            if step is not None and step == kill_at:
+                self.killed = kill_rank(1, process.pid)
+                self.screen.line(f"\n--- rank 1 (process {self.killed}) gets SIGKILL now ---\n")
 
     def note(self, line):
         """Show a line; return the step that it reports, if any."""
         self.lines.append(line)
-        found = re.search(r"step +(\d+)/\d+ +loss ([\d.]+).* ([\d,]+) tokens/s", line)
+        found = STEP_LINE.search(line)
         if not found:
-            print(line, flush=True)
+            self.screen.line(line)
             return None
-        step = int(found[1])
+        step, self.rate = int(found[1]), found[3]
         self.losses[step] = float(found[2])
-        self.rates.append(float(found[3].replace(",", "")))
-        if sys.stdout.isatty():
-            print(f"\r{line}", end="\n" if step in (KILL_AT, STEPS) else "", flush=True)
-        elif step % 10 == 0 or step == 1:
-            print(line, flush=True)
+        self.screen.progress(line, keep=step == 1 or step % 10 == 0)
         return step
 
 
@@ -61,41 +100,49 @@ def kill_rank(rank, launcher):
     for process in psutil.Process(launcher).children(recursive=True):
         if process.environ().get("RANK") == str(rank):
             process.kill()
-            print(f"\n--- demo: killed rank {rank} (pid {process.pid}) with SIGKILL ---\n", flush=True)
             return process.pid
     raise SystemExit(f"demo: found no rank {rank} below process {launcher}")
 
 
-def main():
-    shutil.rmtree(ROOT / RUN, ignore_errors=True)
-    print("--- 1. train on two processes; rank 1 will be killed in the middle ---\n", flush=True)
-    first = Launch(kill_at=KILL_AT)
-    print("\n--- 2. the same command again ---\n", flush=True)
-    second = Launch()
+def newest_checkpoint(folder):
+    """Return the step of the newest complete checkpoint; an incomplete one has no such name."""
+    return max(int(path.name[len("step-") :]) for path in (folder / "checkpoints").glob("step-*"))
 
-    resumed_at = min(second.losses) - 1
+
+def main(folder):
+    screen, place = Screen(sys.stdout), ROOT / folder
+    shutil.rmtree(place, ignore_errors=True)
+    screen.line(f"--- 1. train on two processes; rank 1 is killed after step {KILL_AT} ---\n")
+    first = Launch(folder, screen, kill_at=KILL_AT)
+    saved = newest_checkpoint(place)
+    screen.line("\n--- 2. the same command again ---\n")
+    second = Launch(folder, screen)
+
+    resumed_at, reached = min(second.losses) - 1, max(first.losses)
     twice = sorted(set(first.losses) & set(second.losses))
     start, end = first.losses[1], second.losses[STEPS]
     report = any(f"rank 1 (process {first.killed}" in line for line in first.lines)
     checks = {
-        f"the launcher named rank 1 (pid {first.killed}) and ended with 137 (128 + SIGKILL)": report
+        f"the launcher named rank 1 (process {first.killed}) and ended with 137 (128 + SIGKILL)": report
         and first.exit_code == 137,
-        f"killed after step {max(first.losses)}, resumed from the checkpoint of step {resumed_at}": resumed_at
-        == max(first.losses) // SAVE_EVERY * SAVE_EVERY,
-        f"steps {twice[0]} to {twice[-1]}, trained twice, have the same losses": all(
+        f"killed after step {reached}, resumed from the checkpoint of step {resumed_at}": resumed_at == saved,
+        f"steps {saved + 1} to {reached}, trained twice, have the same losses": all(
             first.losses[step] == second.losses[step] for step in twice
         ),
         f"loss fell from {start:.2f} to {end:.2f}": end < 0.6 * start,
-        f"{max(second.rates):,.0f} tokens/s on two processes": second.exit_code == 0,
-        f"the model is in {RUN}/model/model.safetensors": (
-            ROOT / RUN / "model" / "model.safetensors"
-        ).is_file(),
+        f"{second.rate} tokens/s on two processes": second.exit_code == 0,
+        f"the model is in {folder}/model/model.safetensors": (place / "model/model.safetensors").is_file(),
     }
-    print("\n--- 3. what happened ---\n")
+    screen.line("\n--- 3. what happened ---\n")
     for claim, holds in checks.items():
-        print(f"{'ok  ' if holds else 'FAIL'}  {claim}")
+        screen.line(f"{'ok  ' if holds else 'FAIL'}  {claim}")
     return 0 if all(checks.values()) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", default="runs/demo", help="for what is written; emptied first")
+    try:
+        sys.exit(main(parser.parse_args().folder))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,12 +1,14 @@
 """A small GPT that learns to write Python, byte by byte, from Python's own standard library.
 
-    python examples/gpt.py                                               # one process
-    distrib launch --config examples/gpt.yaml examples/gpt.py            # two, as the file says
+    DISTRIB_CONFIG_FILE=examples/gpt.yaml python examples/gpt.py                # one process
+    distrib launch --config examples/gpt.yaml examples/gpt.py                   # two, as the file says
+    distrib launch --config examples/gpt.yaml examples/gpt.py --progress        # on a terminal
 
-Stop it whenever you like: the same command goes on from the last checkpoint, with the very next sample.
+Stop it whenever you like: either command goes on from the last checkpoint, with the very next sample.
 """
 
 import argparse
+import math
 import sys
 import sysconfig
 import time
@@ -81,9 +83,14 @@ def evaluate(accelerator, model, loader):
     return torch.cat(losses).mean().item()
 
 
+def schedule(step, steps, warm_up=10):
+    """Return the factor of the learning rate: up in a line, down in half a cosine."""
+    return min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1)))
+
+
 def show(line, step, args):
-    """One line that renews itself on a terminal; elsewhere a line now and then."""
-    if sys.stdout.isatty():
+    """One line that renews itself, or a line now and then."""
+    if args.progress:
         print(f"\r{line}", end="" if step < args.steps else "\n", flush=True)
     elif step % args.log_every == 0 or step in (1, args.steps):
         print(line, flush=True)
@@ -94,7 +101,7 @@ def train(args):
     torch.manual_seed(0)
     model = GPT()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=args.steps, pct_start=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, args.steps))
     corpus = Corpus(args.corpus)
     held_out = range(0, len(corpus), len(corpus) // 100)
     learned = sorted(set(range(len(corpus))) - set(held_out))
@@ -107,24 +114,24 @@ def train(args):
     if resumed:
         accelerator.print(f"resumed from {resumed} at step {optimizer.num_steps}", flush=True)
 
-    begin, tokens = time.perf_counter(), 0
+    begin, windows, losses = time.perf_counter(), 0, []
     while optimizer.num_steps < args.steps:
         for x, y in loader:
             with accelerator.accumulate(model):
-                loss = loss_of(model, x, y).mean()
-                accelerator.backward(loss)
+                loss = loss_of(model, x, y)
+                accelerator.backward(loss.mean())
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-            tokens += x.numel() * accelerator.num_processes
+            losses.append(accelerator.gather_for_metrics(loss.detach()))
             if not accelerator.sync_gradients:
                 continue
-            step = optimizer.num_steps
-            mean = accelerator.reduce(loss.detach(), "mean").item()
+            step, found = optimizer.num_steps, torch.cat(losses)
+            losses, windows = [], windows + len(found)
             if accelerator.is_main_process:
-                lr, rate = scheduler.get_last_lr()[0], tokens / (time.perf_counter() - begin)
-                line = f"step {step:4d}/{args.steps}  loss {mean:.4f}  lr {lr:.1e}  {rate:7,.0f} tokens/s"
+                lr, rate = scheduler.get_last_lr()[0], windows * CONTEXT / (time.perf_counter() - begin)
+                line = f"step {step:4d}/{args.steps}  loss {found.mean():.4f}  lr {lr:.1e}  {rate:7,.0f} tokens/s"
                 show(line, step, args)
             if step % args.save_every == 0:
                 accelerator.save_state()
@@ -143,7 +150,13 @@ if __name__ == "__main__":
     )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--save-every", type=int, default=25, help="steps between checkpoints")
-    parser.add_argument("--log-every", type=int, default=10, help="steps between lines, off a terminal")
+    parser.add_argument("--log-every", type=int, default=10, help="steps between lines")
+    parser.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=sys.stdout.isatty(),
+        help="renew one line at every step instead; the default on a terminal, which ranks of a launch are not on",
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="windows per rank and micro-step")
     parser.add_argument("--corpus", type=Path, default=Path(sysconfig.get_path("stdlib")))
     train(parser.parse_args())

@@ -10,6 +10,7 @@ from typing import Final
 
 import click
 
+from distrib import __version__
 from distrib.errors import DistribError, LaunchError, did_you_mean
 
 _COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
@@ -52,9 +53,19 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, about) for name, (_, about) in _COMMANDS.items()])
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-def distrib() -> None:
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, message="distrib %(version)s")
+@click.pass_context
+def distrib(context: click.Context) -> None:
     """Distributed training for plain PyTorch loops."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(LaunchError.exit_code)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import selectors
-import shutil
 import threading
+import unicodedata
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,41 +15,88 @@ from itertools import groupby
 from operator import itemgetter
 
 _CHUNK = 1 << 16  # bytes; a pipe's capacity
+_LONGEST = (
+    1 << 20
+)  # bytes of a line; a longer one comes in pieces, so that no rank can fill the launcher's memory
+_BYTES_OF_A_COLUMN = 64  # enough for any character and its color
 _ERASE = b"\r\x1b[K"
+_UP_AND_DOWN = re.compile(rb"(?:\x1b\[A)+\n+")  # how a bar below another one is overwritten
+_NOT_COLOR = re.compile(
+    rb"\x1b\[[0-?]*[ -/]*[@-ln-~]"
+)  # would move the cursor, or erase, among other ranks' lines
+_ESCAPE = re.compile("(\x1b\\[[0-?]*[ -/]*[@-~])")  # a control sequence (ECMA-48, 5.4), such as a color
 
 
 @dataclass
 class Assembler:
     """Cuts one stream into whole lines, and keeps the one that is still being written.
 
+    Of bars below one another, the lower ones share that line.
+
     Attributes:
-        tail: The unfinished line. Of text that carriage returns overwrote, only the last state is kept.
+        tail: The unfinished line, at most `_LONGEST` long. Of text that carriage returns overwrote, only the last
+            state is kept.
     """
 
     tail: bytes = b""
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """Take what arrived; return the lines that it finished, without their ends."""
-        *lines, tail = (self.tail + chunk).split(b"\n")
+        text = self.tail + chunk
+        if b"\x1b[A" in text:
+            text = _UP_AND_DOWN.sub(b"\r", text)
+        *lines, tail = text.split(b"\n")
         body = tail.rstrip(b"\r")
         overwritten = b"\r" if b"\r" in body else b""
         self.tail = overwritten + _last_state(body) + tail[len(body) :]
-        return [_last_state(line.rstrip(b"\r")) for line in lines]
+        if len(self.tail) > _LONGEST:
+            lines, self.tail = [*lines, self.tail], b""
+        return [_shown(line) for line in lines]
+
+    @property
+    def unfinished(self) -> bytes:
+        """What a terminal would show of the line that is being written; empty if there is none."""
+        return _shown(self.tail)
 
     @property
     def progress(self) -> bytes:
-        """What a terminal would show of a line that is being overwritten; empty if there is none."""
-        return _last_state(self.tail.rstrip(b"\r")) if b"\r" in self.tail else b""
+        """The same of a line that is being overwritten."""
+        return self.unfinished if b"\r" in self.tail else b""
 
     def finish(self) -> list[bytes]:
         """The stream has ended: return what is left, as a line."""
-        rest = _last_state(self.tail.rstrip(b"\r"))
-        self.tail = b""
+        rest, self.tail = self.unfinished, b""
         return [rest] if rest else []
 
 
 def _last_state(line: bytes) -> bytes:
     return line.rpartition(b"\r")[2]
+
+
+def _shown(line: bytes) -> bytes:
+    return _NOT_COLOR.sub(b"", _last_state(line.rstrip(b"\r")))
+
+
+def fitting(line: bytes, columns: int) -> bytes:
+    """Cut a line to a number of columns, between characters. Colors take no room, and those behind the cut stay."""
+    line = line[: _BYTES_OF_A_COLUMN * columns]
+    room, kept = columns, []
+    for part in _ESCAPE.split(line.decode(errors="replace")):
+        if part.startswith("\x1b["):
+            kept.append(part)
+            continue
+        for character in part:
+            room -= _width(character)
+            if room >= 0:
+                kept.append(character)
+    return line if room >= 0 else "".join(kept).encode()
+
+
+def _width(character: str) -> int:
+    """Return how many columns a character takes on a terminal."""
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 @dataclass
@@ -57,11 +105,13 @@ class Surface:
 
     Attributes:
         terminal: Whether text can be erased.
+        fd: Its file descriptor, which knows how wide a terminal is.
         open_text: The progress text that stands without a line end.
         open_source: Whose it is.
     """
 
     terminal: bool
+    fd: int = 2
     open_text: bytes = b""
     open_source: object = None
 
@@ -78,11 +128,16 @@ class Surface:
             return _ERASE + text + b"\n" + opened
         return b"\n" + text + b"\n"
 
+    def message(self, text: bytes) -> bytes:
+        """Return the bytes that put a line of the launcher's own there, over a "^C" that the keyboard has left."""
+        echoed = self.terminal and not self.open_text
+        return (_ERASE if echoed else b"") + self.line(None, text)
+
     def progress(self, source: object, text: bytes) -> bytes:
-        """Return the bytes that show a progress line in place."""
+        """Return the bytes that show an unfinished line in place."""
         other = self.open_text and source != self.open_source
-        if self.terminal and b"\x1b" not in text:
-            text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line cannot be erased
+        if self.terminal:
+            text = fitting(text, _columns(self.fd) - 1)  # a wrapped line cannot be erased
         if text == self.open_text and not other:
             return b""
         had_text, self.open_text, self.open_source = bool(self.open_text), text, source
@@ -99,7 +154,8 @@ class Source:
         fd: Where to read it.
         target: File descriptor to show it on.
         prefix: Put before each line.
-        shows_progress: Whether unfinished lines with carriage returns are shown as they change.
+        shows_progress: Whether an unfinished line is shown as it changes: on a terminal every one, such as a prompt;
+            elsewhere one with carriage returns.
     """
 
     fd: int
@@ -161,15 +217,16 @@ class Pump(threading.Thread):
         surface, assembler = self._surfaces[source.target], source.assembler
         lines = assembler.feed(chunk) if chunk else assembler.finish()
         shown = [surface.line(source.fd, source.prefix + line) for line in lines]
-        if source.shows_progress and assembler.progress:
-            shown.append(surface.progress(source.fd, source.prefix + assembler.progress))
+        unfinished = assembler.unfinished if surface.terminal else assembler.progress
+        if source.shows_progress and unfinished:
+            shown.append(surface.progress(source.fd, source.prefix + unfinished))
         return [(source.target, b"".join(shown))]
 
     def _own_lines(self) -> list[tuple[int, bytes]]:
         shown = []
         while self._messages:
             target, text = self._messages.popleft()
-            shown.append((target, self._surfaces[target].line(None, text)))
+            shown.append((target, self._surfaces[target].message(text)))
         return shown
 
     def _closing(self) -> list[tuple[int, bytes]]:
@@ -193,8 +250,15 @@ def _surfaces(targets: set[int]) -> dict[int, Surface]:
     for target in sorted(targets):
         status = os.fstat(target)
         place = (status.st_dev, status.st_ino)
-        surfaces[target] = by_place.setdefault(place, Surface(terminal=os.isatty(target)))
+        surfaces[target] = by_place.setdefault(place, Surface(os.isatty(target), target))
     return surfaces
+
+
+def _columns(terminal: int) -> int:
+    try:
+        return os.get_terminal_size(terminal).columns or 80  # some terminals do not know, and say 0
+    except OSError:
+        return 80
 
 
 def write_all(target: int, data: bytes) -> None:

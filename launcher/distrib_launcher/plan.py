@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.machinery
 import os
 import shlex
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distrib.errors import LaunchError, did_you_mean
+from distrib.errors import LaunchError
 from distrib_launcher.process import WorkerSpec
 
 _OTHER_LAUNCHERS = (
@@ -75,6 +76,7 @@ class LaunchPlan:
             "LOCAL_WORLD_SIZE": str(self.num_processes),
             "NODE_RANK": "0",
             "GROUP_RANK": "0",
+            "GROUP_WORLD_SIZE": "1",
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
             "OMP_NUM_THREADS": str(self.threads),
@@ -135,7 +137,11 @@ def _near_script(path: Path) -> str:
         names = [each.name for each in path.parent.iterdir() if each.suffix in _EXTENSIONS]
     except OSError:
         return ""
-    return did_you_mean(path.name, names)
+    by_stem = {
+        Path(name).stem: name for name in names
+    }  # the extension, which all share, would make any two alike
+    near = difflib.get_close_matches(path.stem, by_stem, n=1)
+    return f"; did you mean {by_stem[near[0]]!r}?" if near else ""
 
 
 def _check_module(target: str, env: Mapping[str, str]) -> None:

@@ -99,7 +99,8 @@ class _Worker:
             str(record_write),
             str(os.getpid()),
         ]
-        self.rank, self.text, self.event, self.ended_at = spec.rank, "", dict[str, Any](), 0.0
+        self.rank, self.event, self.ended_at = spec.rank, dict[str, Any](), 0.0
+        self._unread, self._crash = b"", list[str]()
         self._sent: set[int] = set()
         with _held_back(worker.HELD_SIGNALS):
             self.process = subprocess.Popen(
@@ -128,10 +129,12 @@ class _Worker:
             chunk = os.read(self.record_fd, 1 << 20)
         except BlockingIOError:
             return True
-        self.text += chunk.decode(errors="replace")
-        while "\n" in self.text and self.text.lstrip().startswith("{"):
-            line, self.text = self.text.lstrip().split("\n", 1)
-            self.event = json.loads(line)
+        *lines, self._unread = (self._unread + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(b'{"'):
+                self.event = json.loads(line)
+            else:
+                self._crash.append(line.decode(errors="replace"))
         return bool(chunk)
 
     def send(self, number: int) -> None:
@@ -148,7 +151,7 @@ class _Worker:
             at=at,
             stopped=stop_at is not None and at >= stop_at and not self._died_of_another_signal(),
             event=self.event,
-            crash=self.text.strip(),
+            crash="\n".join(self._crash).strip(),
         )
 
     def _died_of_another_signal(self) -> bool:
@@ -297,6 +300,8 @@ class Supervisor:
                 self._reap_orphans()
             elif number == signal.SIGINT and self._stop_at is not None:
                 self._interrupted = self._interrupted or number
+                if self._deadline is not None:
+                    self._say("distrib: Ctrl-C: killing the ranks")
                 self._kill()
             elif not self._interrupted:
                 self._interrupted = number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +12,15 @@ from typing import Any
 import distrib
 from distrib_launcher.oom import OomKills
 from distrib_launcher.process import Ended, Outcome
+from distrib_launcher.worker import narrowed
 
 MAX_LINES = 25
 _MAX_FRAMES = 5  # of two lines each
 _MAX_MESSAGE = 8  # lines of an exception's own text
+_MAX_MESSAGE_WIDTH = 150  # characters of a text that goes into the headline
+_MAX_PARTS = 6  # of an exception group
 _MAX_WIDTH = 300
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _FOLLOWING = {  # what a rank gets when another one has gone
     "CollectiveError",
     "DistBackendError",
@@ -23,15 +28,24 @@ _FOLLOWING = {  # what a rank gets when another one has gone
     "DistStoreError",
     "ConnectionError",
 }
-_LOST_PEER = (  # what the messages of gloo and NCCL have in common then
+_LOST_PEER = (  # what distrib, gloo, NCCL and torch's store say when a peer ended or did not join in time
+    "error[d0402]",
+    "gloo/transport/",
+    "for recv operation to complete",
+    "for send operation to complete",
+    "remote process exited or there was a network error",
+    "ncclremoteerror",
+    "collective operation timeout",
+    "did the remote server shutdown or crash",
+)
+_LOST_CONNECTION = (  # what else is said then, but of other connections too
     "connection closed by peer",
     "connection reset by peer",
     "connection refused",
     "socket closed",
     "broken pipe",
-    "remote process exited or there was a network error",
-    "ncclremoteerror",
 )
+_TIMEOUT = 124  # as of the command `timeout`
 _CAUSES = {
     signal.SIGSEGV: "a crash in native code: a library built for another torch or driver, or a bad pointer in an "
     "extension",
@@ -47,10 +61,13 @@ _CAUSES = {
 
 
 def exit_code(ended: Ended) -> int:
-    """Return what the launcher exits with: the root cause's code, 128 + signal for signals, 0 if all went well."""
+    """Return what the launcher exits with: the root cause's code, 128 + signal for signals, 0 if all went well.
+
+    A rank that lost a peer, or waited for it in vain, while nobody has a failure of their own, is a 124.
+    """
     root = root_cause(ended.outcomes)
     if root is not None and not root.stopped:
-        return _status(root)
+        return _TIMEOUT if _says(root.event, _LOST_PEER) else _status(root)
     if ended.interrupted:
         return 128 + ended.interrupted
     return _status(root) if root is not None else 0
@@ -80,7 +97,7 @@ def render(ended: Ended, hostname: str, oom_kills: OomKills | None = None) -> st
     head = [_headline(root, alike, hostname)]
     tail = [
         *_others(others),
-        *_finished_early(root, others),
+        *_not_there(root, others),
         *_hint(root, oom_kills or OomKills()),
         f"exit code {exit_code(ended)}",
     ]
@@ -95,14 +112,21 @@ def _status(outcome: Outcome) -> int:
 
 
 def _signal_of(outcome: Outcome) -> signal.Signals | None:
-    number = outcome.event.get("signal") or (-outcome.returncode if not outcome.event else 0)
+    told = outcome.event.get("exit_code")
+    number = outcome.event.get("signal") or (0 if told else -outcome.returncode)
     return signal.Signals(number) if number in set(signal.Signals) else None
 
 
 def follows(event: Mapping[str, Any]) -> bool:
     """Whether a program ended, by what it told of its end, only because it lost another rank."""
-    text = "\n".join(event.get("lines", ())).lower()
-    return bool(_FOLLOWING & set(event.get("bases", ()))) or any(part in text for part in _LOST_PEER)
+    lost = _LOST_PEER + _LOST_CONNECTION
+    return bool(_FOLLOWING & set(event.get("bases", ()))) or _says(event, lost)
+
+
+def _says(event: Mapping[str, Any], phrases: Iterable[str]) -> bool:
+    """Whether one of the phrases is in the message of the exception that ended a program."""
+    text = "\n".join(event["lines"]).lower() if event.get("kind") == "exception" else ""
+    return any(phrase in text for phrase in phrases)
 
 
 def _follows(outcome: Outcome) -> bool:
@@ -111,7 +135,7 @@ def _follows(outcome: Outcome) -> bool:
 
 def _same(one: Outcome, other: Outcome) -> bool:
     """Whether two ranks failed in the same way at the same place, so that showing one shows both."""
-    keys = ("kind", "type", "lines", "message", "signal", "exit_code")
+    keys = ("kind", "type", "lines", "signal", "exit_code")
     if one.returncode != other.returncode or any(one.event.get(key) != other.event.get(key) for key in keys):
         return False
     last = [each.event["frames"][-1:] if each.event.get("frames") else [] for each in (one, other)]
@@ -131,22 +155,50 @@ def _what(outcome: Outcome) -> str:
     if outcome.event.get("kind") == "exception":
         return str(outcome.event["type"])
     if outcome.event.get("kind") == "exit":
-        return f"sys.exit({outcome.event['message'] or outcome.event['exit_code']!r})"
+        lines = outcome.event.get("lines", ())
+        return "sys.exit with a message" if _needs_room(lines) else f"sys.exit({_argument(outcome.event)!r})"
     return f"exit code {_status(outcome)}, without an exception (os._exit, or native code)"
 
 
+def _argument(event: Mapping[str, Any]) -> object:
+    return event["lines"][0] if event.get("lines") else event["exit_code"]
+
+
+def _needs_room(lines: Sequence[str]) -> bool:
+    """Whether what `sys.exit` was told is more than goes into the headline."""
+    return len(lines) > 1 or any(len(line) > _MAX_MESSAGE_WIDTH for line in lines)
+
+
 def _evidence(root: Outcome, room: int) -> list[str]:
-    """The exception with its frames, or the Python stack at a crash."""
-    if root.crash:
+    """The Python stack at a crash, the exception with its frames, or what `sys.exit` was told."""
+    event, lines = root.event, root.event.get("lines", ())
+    if _signal_of(root) is not None:
         return [f"  {line}" for line in root.crash.splitlines() if line.strip()][:room]
-    if root.event.get("kind") != "exception":
+    if event.get("kind") != "exception" and not _needs_room(lines):
         return []
-    message = _shorten(root.event["lines"], _MAX_MESSAGE)
-    causes = [f"  because of {' '.join(cause.split())}" for cause in root.event["causes"]]
-    room_for_frames = min(_MAX_FRAMES, (room - len(message) - len(causes) - 1) // 2)
-    return [*_frames(root.event["frames"], room_for_frames), *(f"  {line}" for line in message), *causes][
-        :room
-    ]
+    message = _shorten(lines, _MAX_MESSAGE, event["left_out"])
+    details = [*_parts(event.get("parts", ())), *_causes(event.get("causes", ()), " ".join(lines))]
+    room_for_frames = min(_MAX_FRAMES, (room - len(message) - len(details) - 1) // 2)
+    frames = _frames(event.get("frames", ()), room_for_frames)
+    return [*frames, *(f"  {line}" for line in [*message, *details])][:room]
+
+
+def _parts(parts: Iterable[Sequence[Any]]) -> list[str]:
+    """One line for each exception of a group."""
+    lines = [f"{'  ' * depth}{text}{_place(frames)}" for depth, text, frames in parts]
+    return _shorten(lines, _MAX_PARTS)
+
+
+def _causes(causes: Iterable[Sequence[Any]], message: str) -> list[str]:
+    """One line for each cause, unless the message holds its text already."""
+    told = [(text, frames) for text, frames in causes if (text.partition(": ")[2] or text) not in message]
+    return [f"because of {text}{_place(frames)}" for text, frames in told]
+
+
+def _place(frames: Sequence[Sequence[object]]) -> str:
+    """Where it was raised: the user's innermost frame, or else the innermost."""
+    chosen = [frame for frame in frames if _is_users(str(frame[0]))] or frames
+    return f" ({chosen[-1][0]}:{chosen[-1][1]})" if chosen else ""
 
 
 def _frames(frames: Sequence[Sequence[object]], room: int) -> list[str]:
@@ -182,8 +234,7 @@ def _others(others: Sequence[Outcome]) -> list[str]:
 
 
 def _brief(outcome: Outcome) -> str:
-    lines = outcome.event.get("lines") or [_what(outcome)]
-    return str(lines[-1])
+    return str(outcome.event["lines"][-1]) if outcome.event.get("kind") == "exception" else _what(outcome)
 
 
 def _how(followed: Sequence[Outcome]) -> str:
@@ -198,11 +249,17 @@ def _how(followed: Sequence[Outcome]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _finished_early(root: Outcome, others: Sequence[Outcome]) -> list[str]:
-    gone = [each for each in others if not _status(each) and each.at <= root.at]
-    if not gone or not _follows(root):
+def _not_there(root: Outcome, others: Sequence[Outcome]) -> list[str]:
+    """Name the ranks that the root cause waited for in vain."""
+    if not _follows(root):
         return []
-    return [f"  hint: {_ranks(gone)} had ended before that: do all ranks make the same number of steps?"]
+    gone = [each for each in others if not _status(each) and each.at <= root.at]
+    if gone:
+        return [f"  hint: {_ranks(gone)} had ended before that: do all ranks make the same number of steps?"]
+    busy = [each for each in others if each.stopped and not _follows(each)]
+    if busy and _says(root.event, _LOST_PEER):
+        return [f"  hint: {_ranks(busy)} had not failed: do all ranks make the same calls, and in time?"]
+    return []
 
 
 def _hint(root: Outcome, oom_kills: OomKills) -> list[str]:
@@ -241,14 +298,16 @@ def _ranks(outcomes: Sequence[Outcome]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(named)}"
 
 
-def _shorten(lines: Sequence[str], most: int) -> list[str]:
-    """Keep the first and the last lines of a long text."""
+def _shorten(lines: Sequence[str], most: int, left_out: int = 0) -> list[str]:
+    """Keep the first and the last lines of a long text, of which `left_out` lines are gone already."""
     if len(lines) <= most:
         return list(lines)
     kept = most - 1
     head = (kept + 1) // 2
-    return [*lines[:head], f"... ({len(lines) - kept} lines left out)", *lines[head - kept :]]
+    return [*lines[:head], f"... ({len(lines) - kept + left_out} lines left out)", *lines[head - kept :]]
 
 
 def _cut(line: str) -> str:
-    return line if len(line) <= _MAX_WIDTH else f"{line[: _MAX_WIDTH - 3]}..."
+    """Make a line fit, and harmless for a terminal: no colors, no control characters."""
+    text = _COLOR.sub("", line)
+    return narrowed("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), _MAX_WIDTH)

@@ -8,6 +8,7 @@ runs as the true `__main__`, as if `python` had started it. Standard library onl
 from __future__ import annotations
 
 import builtins
+import contextlib
 import faulthandler
 import importlib.machinery
 import importlib.util
@@ -24,7 +25,10 @@ from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 
-_MAX_TEXT = 20_000  # characters of an exception's message that travel to the launcher
+_MAX_LINES = 200  # of an exception's message that travel to the launcher, from both of its ends
+_MAX_WIDTH = 1000  # characters of each
+_MAX_PARTS = 20  # of an exception group
+_MAX_FRAMES = 50  # of each of them, and of a cause; the innermost
 _PR_SET_PDEATHSIG = 1
 HELD_SIGNALS = (
     signal.SIGINT,
@@ -38,6 +42,7 @@ def main() -> None:
     tie_to_launcher(int(life), int(launcher))
     os.set_inheritable(int(record), False)
     if kind == "command":
+        os.set_inheritable(int(life), True)  # an open pipe is what ties the command to the launcher
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
         os.execvp(target, [target, *args])  # noqa: S606 (the user's own command, no shell)
     sys.argv = [target, *args]
@@ -108,7 +113,7 @@ class Recorder:
         signal.signal(signal.SIGTERM, self._terminate)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
         os.register_at_fork(
-            before=self._hold, after_in_parent=self._let_go, after_in_child=self._forget_signals
+            before=self._hold, after_in_parent=self._let_go, after_in_child=self._forget_launcher
         )
         if not faulthandler.is_enabled():
             faulthandler.enable(file=self._record, all_threads=False)
@@ -133,10 +138,14 @@ class Recorder:
     def _let_go(self) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop(threading.get_ident()))
 
-    def _forget_signals(self) -> None:
+    def _forget_launcher(self) -> None:
+        """In a forked child: a signal has its default effect, and a crash is told on stderr, not as the rank's."""
         if signal.getsignal(signal.SIGTERM) == self._terminate:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._let_go()
+        if os.getppid() == self._pid:
+            with contextlib.suppress(OSError):  # stderr is closed
+                os.dup2(2, self._record, inheritable=False)
 
     def run(self, kind: str, target: str) -> None:
         """Run the program; never returns normally unless it did."""
@@ -159,17 +168,17 @@ class Recorder:
                 {"kind": "signal", "signal": int(signal.SIGINT), "exit_code": 128 + signal.SIGINT}
             )
         if isinstance(error, SystemExit):
-            return self._exited(error.code)
+            return self._exited(error.code, str(traceback.TracebackException.from_exception(error)))
         user_traceback = without_own_frames(error.__traceback__)
         code = self._say({"kind": "exception", **describe(error, user_traceback)})
         self._told = True
         sys.excepthook(type(error), error, user_traceback)  # the program may have set its own
         return code
 
-    def _exited(self, status: object) -> int:
+    def _exited(self, status: object, text: str) -> int:
         if status is None or isinstance(status, int):
-            return self._say({"kind": "exit", "message": "", "exit_code": (status or 0) & 0xFF})
-        return self._say({"kind": "exit", "message": str(status)[:_MAX_TEXT], "exit_code": 1})
+            return self._say({"kind": "exit", "exit_code": (status or 0) & 0xFF})
+        return self._say({"kind": "exit", **_message(text), "exit_code": 1})
 
     def _say(self, event: dict[str, Any]) -> int:
         """Send the event; return the exit code that it names."""
@@ -180,27 +189,64 @@ class Recorder:
 
 
 def describe(error: BaseException, user_traceback: TracebackType | None) -> dict[str, Any]:
-    """Return what the report needs of an exception: type, bases, message lines, frames, causes, exit code."""
+    """Return what the report needs of an exception.
+
+    Returns:
+        type, bases, lines and left_out (its message), frames, exit_code; and parts, those of an exception group, as
+        (depth, text, frames), and causes, as (text, frames).
+    """
     told = traceback.TracebackException(type(error), error, user_traceback, compact=True)
     return {
         "type": type(error).__qualname__,
         "bases": [base.__qualname__ for base in type(error).__mro__],
-        "lines": "".join(told.format_exception_only())[:_MAX_TEXT].splitlines(),
-        "frames": [[frame.filename, frame.lineno, frame.name, frame.line or ""] for frame in told.stack],
+        **_message("".join(told.format_exception_only())),
+        "frames": _frames(told),
+        "parts": _parts(told)[:_MAX_PARTS],
         "causes": _causes(told),
         "exit_code": _exit_code(error),
     }
 
 
-def _causes(told: traceback.TracebackException) -> list[str]:
-    causes: list[str] = []
+def _message(text: str) -> dict[str, Any]:
+    lines, left_out = text.splitlines(), 0
+    if len(lines) > _MAX_LINES:
+        half = _MAX_LINES // 2
+        lines, left_out = [*lines[:half], *lines[-half:]], len(lines) - 2 * half
+    return {"lines": [narrowed(line, _MAX_WIDTH) for line in lines], "left_out": left_out}
+
+
+def narrowed(line: str, most: int) -> str:
+    """Keep both ends of a long line: a message begins with what went wrong and may end with why."""
+    if len(line) <= most:
+        return line
+    end = most // 3
+    return f"{line[: most - end - 5]} ... {line[-end:]}"
+
+
+def _frames(told: traceback.TracebackException) -> list[list[object]]:
+    return [[frame.filename, frame.lineno, frame.name, frame.line or ""] for frame in told.stack]
+
+
+def _brief(told: traceback.TracebackException) -> list[object]:
+    text = " ".join("".join(told.format_exception_only()).split())
+    return [narrowed(text, _MAX_WIDTH), _frames(told)[-_MAX_FRAMES:]]
+
+
+def _parts(told: traceback.TracebackException, depth: int = 1) -> list[list[object]]:
+    parts: list[list[object]] = []
+    for inner in getattr(told, "exceptions", None) or ():  # Python 3.11 and newer
+        parts += [[depth, *_brief(inner)], *_parts(inner, depth + 1)]
+    return parts
+
+
+def _causes(told: traceback.TracebackException) -> list[list[object]]:
+    causes: list[list[object]] = []
     shown = told
     while len(causes) < 3:
         inner = shown.__cause__ or (None if shown.__suppress_context__ else shown.__context__)
         if inner is None:
             break
-        place = f" ({inner.stack[-1].filename}:{inner.stack[-1].lineno})" if inner.stack else ""
-        causes.append("".join(inner.format_exception_only()).strip()[:500] + place)
+        causes.append(_brief(inner))
         shown = inner
     return causes
 

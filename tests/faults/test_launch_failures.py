@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from distrib_launcher.commands.launch import most_processes
 
-from tests.faults.launching import launch, script
+from tests.faults.launching import command, environment, launch, script
 
 FAIL_ON_RANK_1 = """
     import os, sys, time, signal, ctypes
@@ -74,6 +77,120 @@ def test_sys_exit_0_is_success(tmp_path: Path) -> None:
 
     assert done.code == 0
     assert len(done.err.splitlines()) == 1  # the start-up line
+
+
+def test_a_crash_in_a_forked_child_leaves_the_rank_s_own_exception_in_the_report(tmp_path: Path) -> None:
+    how = """
+        if os.fork() == 0:
+            ctypes.string_at(0)
+        os.wait()
+        raise ValueError("a worker of mine crashed")
+    """
+    done = launch("-n", 2, failing(tmp_path, how), cwd=tmp_path)
+
+    assert done.report[0].endswith("failed: ValueError")
+    assert "  ValueError: a worker of mine crashed" in done.report
+    assert "Fatal Python error" not in "\n".join(done.report)
+    assert "[rank 1] Fatal Python error: Segmentation fault" in done.err
+
+
+def test_a_crash_after_success_is_named_by_its_signal(tmp_path: Path) -> None:
+    text = """
+        import atexit, ctypes, sys
+        atexit.register(ctypes.string_at, 0)
+        sys.exit(0)
+    """
+    done = launch(script(tmp_path, text), cwd=tmp_path)
+
+    assert done.code == 139
+    assert done.report[0].endswith("ended by SIGSEGV")
+
+
+def test_an_exception_is_the_report_although_the_rank_crashes_after_it(tmp_path: Path) -> None:
+    text = """
+        import atexit, ctypes
+        atexit.register(ctypes.string_at, 0)
+        raise ValueError("first")
+    """
+    done = launch(script(tmp_path, text), cwd=tmp_path)
+
+    assert done.code == 1
+    assert "  ValueError: first" in done.report
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.11 has exception groups")
+def test_the_exceptions_of_a_group_are_shown_with_their_places(tmp_path: Path) -> None:
+    text = """
+        def fail(error):
+            raise error
+        found = []
+        for error in (ValueError("inner one"), KeyError("k")):
+            try:
+                fail(error)
+            except Exception as caught:
+                found.append(caught)
+        raise ExceptionGroup("many", [found[0], ExceptionGroup("nested", [found[1]])])
+    """
+    done = launch(script(tmp_path, text), cwd=tmp_path)
+
+    shown = done.report[done.report.index("  ExceptionGroup: many (2 sub-exceptions)") :]
+    assert shown[1:4] == [
+        f"    ValueError: inner one ({tmp_path}/train.py:3)",
+        "    ExceptionGroup: nested (1 sub-exception)",
+        f"      KeyError: 'k' ({tmp_path}/train.py:3)",
+    ]
+
+
+def test_both_ends_of_a_long_message_are_shown(tmp_path: Path) -> None:
+    text = "raise ValueError('the start ' + 'line\\n' * 50000 + 'the end ' + 'w' * 100000 + ' the very end')"
+    done = launch(script(tmp_path, text), cwd=tmp_path)
+
+    message = "\n".join(done.report[done.report.index("  ValueError: the start line") :])
+    assert "lines left out)" in message
+    assert "\n  the end ww" in message
+    assert "ww the very end\n" in message
+    assert len(done.report) <= 25
+
+
+def test_a_text_of_sys_exit_that_cannot_be_made_is_no_traceback_of_ours(tmp_path: Path) -> None:
+    text = """
+        import sys
+        class Bad:
+            def __str__(self):
+                raise RuntimeError("no text")
+        sys.exit(Bad())
+    """
+    done = launch(script(tmp_path, text), cwd=tmp_path)
+
+    assert done.code == 1
+    assert "Traceback" not in done.err
+    assert "sys.exit(" in done.report[0]
+
+
+def test_a_long_text_of_sys_exit_is_shown_in_lines(tmp_path: Path) -> None:
+    text = "import sys; sys.exit('there is no data here\\nmake some with prepare.py')"
+    done = launch(script(tmp_path, text), cwd=tmp_path)
+
+    assert done.report[1:3] == ["  there is no data here", "  make some with prepare.py"]
+
+
+def test_colors_and_control_characters_of_a_message_are_not_written_to_the_terminal(tmp_path: Path) -> None:
+    text = r"raise ValueError('\x1b[31mred\x1b[0m \x07 bell')"
+    done = launch(script(tmp_path, text), cwd=tmp_path)
+
+    assert r"  ValueError: red \x07 bell" in done.report
+
+
+@pytest.mark.parametrize("files", [64, 90])
+def test_as_many_ranks_as_the_limit_of_open_files_allows_run(tmp_path: Path, files: int) -> None:
+    limited = f'ulimit -n {files}; exec "$@"'
+    words = [*command("-n", most_processes(files), "--no-python", "true")]
+    done = subprocess.run(
+        ["sh", "-c", limited, "sh", *words],
+        env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_message_of_sys_exit_is_shown_once(tmp_path: Path) -> None:

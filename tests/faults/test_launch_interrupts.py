@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 
 import psutil
@@ -44,7 +45,8 @@ def test_no_process_survives_a_launcher_that_is_killed(tmp_path: Path, number: s
         assert all_gone(guards, within_s=5)
 
 
-def test_no_process_survives_a_launcher_and_guard_that_are_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [False, True])
+def test_no_process_survives_a_launcher_and_guard_that_are_killed(tmp_path: Path, command: bool) -> None:
     text = """
         import os, pathlib, signal, subprocess, time
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -53,7 +55,8 @@ def test_no_process_survives_a_launcher_and_guard_that_are_killed(tmp_path: Path
         pathlib.Path(f"{os.getpid()}.pid").touch()
         time.sleep(1000)
     """
-    with launching("-n", 2, script(tmp_path, text), cwd=tmp_path) as launcher:
+    program = ("--no-python", sys.executable) if command else ()
+    with launching("-n", 2, *program, script(tmp_path, text), cwd=tmp_path) as launcher:
         processes = pids(tmp_path, 4)
         for each in psutil.Process(launcher.pid).children():
             if "guard.py" in " ".join(each.cmdline()):

@@ -106,12 +106,15 @@ def test_a_command_runs_without_python(tmp_path: Path) -> None:
 
 def test_each_rank_gets_its_variables_and_nothing_private(tmp_path: Path) -> None:
     text = "import json, os; print(json.dumps(dict(os.environ)))"
-    done = launch("-n", 2, script(tmp_path, text), cwd=tmp_path, TORCHELASTIC_RUN_ID="outer")
+    done = launch(
+        "-n", 2, script(tmp_path, text), cwd=tmp_path, TORCHELASTIC_RUN_ID="outer", GROUP_WORLD_SIZE="3"
+    )
     seen = {line[:8]: json.loads(line[9:]) for line in done.out.splitlines()}
     rank_1 = seen["[rank 1]"]
 
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR")
     assert [rank_1[name] for name in names] == ["1", "2", "1", "2", "0", "0", "127.0.0.1"]
+    assert rank_1["GROUP_WORLD_SIZE"] == "1"
     assert rank_1["MASTER_PORT"] == seen["[rank 0]"]["MASTER_PORT"]
     assert not [name for name in rank_1 if name.startswith(("DISTRIB_WORKER", "TORCHELASTIC"))]
 

@@ -93,8 +93,49 @@ def test_a_rank_that_ends_before_the_others_is_named(tmp_path: Path) -> None:
 """
     done = launch("-n", 2, "--cpu", joined(tmp_path, then), cwd=tmp_path)
 
-    assert done.code == 1
+    assert done.code == 124
     assert any("rank 1 had ended before" in line for line in done.report)
+
+
+@pytest.mark.timeout(60)
+def test_a_collective_that_a_rank_does_not_join_in_time_ends_the_launch_with_124(tmp_path: Path) -> None:
+    then = """
+    if topology.rank == 0:
+        group.all_reduce_(ones)
+    time.sleep(60)
+"""
+    text = JOINED.replace("60, 60", "1, 60") + then
+    done = launch("-n", 2, "--cpu", script(tmp_path, text), cwd=tmp_path)
+
+    assert done.code == 124
+    assert done.report[-1] == "exit code 124"
+    assert done.report[0].startswith("distrib: rank 0 ")
+    assert any("rank 1 had not failed" in line for line in done.report)
+
+
+@pytest.mark.timeout(60)
+def test_a_timeout_of_torch_itself_ends_the_launch_with_124(tmp_path: Path) -> None:
+    text = """
+        import os, time, torch
+        from datetime import timedelta
+        import torch.distributed as dist
+        dist.init_process_group("gloo", timeout=timedelta(seconds=1))
+        if os.environ["RANK"] == "1":
+            time.sleep(60)
+        dist.all_reduce(torch.ones(1))
+    """
+    assert launch("-n", 2, "--cpu", script(tmp_path, text), cwd=tmp_path).code == 124
+
+
+@pytest.mark.timeout(60)
+def test_a_call_that_the_ranks_do_not_agree_on_is_an_exception(tmp_path: Path) -> None:
+    then = """
+    group.reduce(ones) if topology.rank else group.gather(ones)
+"""
+    done = launch("-n", 2, "--cpu", joined(tmp_path, then), cwd=tmp_path)
+
+    assert done.code == 1
+    assert "D0401" in done.err
 
 
 @pytest.mark.timeout(60)

@@ -23,11 +23,17 @@ def run(plan: LaunchPlan, env: Mapping[str, str]) -> int:
         The exit code.
     """
     before = count_oom_kills()
-    ended = Supervisor(grace_s=plan.grace_s, notice=_print, follows=report.follows).run(plan.workers(env))
+    supervisor = Supervisor(grace_s=plan.grace_s, notice=_notice, follows=report.follows)
+    ended = supervisor.run(plan.workers(env))
     text = report.render(ended, socket.gethostname(), count_oom_kills().since(before))
     if text:
         _print(text)
     return report.exit_code(ended)
+
+
+def _notice(line: str) -> None:
+    """Show a line below what the only rank has written to the terminal itself, and below a "^C"."""
+    _print(f"\n{line}" if sys.stderr.isatty() else line)
 
 
 def _print(text: str) -> None:

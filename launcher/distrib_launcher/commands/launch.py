@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,13 +11,16 @@ from dataclasses import replace
 import click
 
 from distrib.config import RunConfig, load_config, overridden, to_wire
-from distrib.errors import LaunchError
+from distrib.errors import ConfigError, LaunchError
 from distrib.topology.threads import threads_per_rank, usable_cores
 from distrib_launcher.accelerators import processes_for
 from distrib_launcher.backends import BACKENDS
-from distrib_launcher.commands.options import GIVEN, flags, setting_options
+from distrib_launcher.commands.options import GIVEN, flags, setting_options, twice
 from distrib_launcher.plan import LaunchPlan, find_program
 from distrib_launcher.rendezvous import HOST, ReservedPort
+
+_MOST_PROCESSES = 4096
+_OWN_FILES = 40  # of the launcher itself, generously
 
 
 @click.command(
@@ -28,25 +32,28 @@ from distrib_launcher.rendezvous import HOST, ReservedPort
     },
 )
 @click.option(
-    "-c", "--config", "--config-file", "file", metavar="FILE", help="Configuration; else ./distrib.yaml."
+    *("-c", "--config", "--config-file", "files"),
+    multiple=True,
+    metavar="FILE",
+    help="Configuration; else ./distrib.yaml.",
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key, such as data.tail=pad.")
-@click.option("-m", "--module", "kind", flag_value="module", help="PROGRAM is the name of a module.")
-@click.option("--no-python", "kind", flag_value="command", help="PROGRAM is a command.")
-@click.option("--dry-run", "show", flag_value="plan", help="Show what would run; start nothing.")
-@click.option(
-    "--explain", "show", flag_value="values", help="Show every value and its source; start nothing."
-)
+@click.option("-m", "--module", is_flag=True, help="PROGRAM is the name of a module.")
+@click.option("--no-python", is_flag=True, help="PROGRAM is a command.")
+@click.option("--dry-run", is_flag=True, help="Show what would run; start nothing.")
+@click.option("--explain", is_flag=True, help="Show every value and its source; start nothing.")
 @click.argument("program", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def launch(
     context: click.Context,
     /,
     *,
-    file: str | None,
+    files: tuple[str, ...],
     settings: tuple[str, ...],
-    kind: str | None,
-    show: str | None,
+    module: bool,
+    no_python: bool,
+    dry_run: bool,
+    explain: bool,
     program: tuple[str, ...],
 ) -> int:
     """Run PROGRAM on one or more processes of this machine, and explain how it ended.
@@ -54,15 +61,32 @@ def launch(
     Everything after the program's name is the program's own.
     """
     env: Mapping[str, str] = context.obj
-    config = load_config(file, env=env, flags=flags(context.meta.get(GIVEN, ()), settings))
-    if show == "values":
+    config = load_config(_file_of(files), env=env, flags=flags(context.meta.get(GIVEN, ()), settings))
+    if explain and not dry_run:
         click.echo("\n".join(config_lines(config)))
         return 0
-    plan, reason = make_plan(kind or "script", program, config, env)
-    if show == "plan":
+    plan, reason = make_plan(_kind(module=module, no_python=no_python), program, config, env)
+    if dry_run:
         click.echo("\n".join([*plan_lines(plan, reason), *config_lines(config)]))
         return 0
     return _start(plan, reason, config, env)
+
+
+def _file_of(files: Sequence[str]) -> str | None:
+    if len(set(files)) > 1:
+        raise twice("--config", files[0], next(file for file in files if file != files[0]))
+    return files[0] if files else None
+
+
+def _kind(*, module: bool, no_python: bool) -> str:
+    if module and no_python:
+        raise LaunchError(
+            "D0308",
+            "--module says that the program is a module, but --no-python says that it is a command; expected one",
+            where="distrib launch",
+            fix="leave one of them out",
+        )
+    return "module" if module else "command" if no_python else "script"
 
 
 def _start(plan: LaunchPlan, reason: str, config: RunConfig, env: Mapping[str, str]) -> int:
@@ -89,10 +113,12 @@ def make_plan(
 
     Raises:
         LaunchError: if the program is missing.
+        ConfigError: if this machine cannot hold so many processes.
         TopologyError: if OMP_NUM_THREADS is no number.
     """
     program = find_program(kind, words, env)
     count = count_processes(config, env)[0]
+    _check_count(count, config)
     if config.strategy == "single" and count > 1:
         raise LaunchError(
             "D0310",
@@ -113,6 +139,25 @@ def count_processes(config: RunConfig, env: Mapping[str, str]) -> tuple[int, str
     if config.strategy == "single":
         return 1, "strategy single"
     return processes_for(config.device, env)
+
+
+def most_processes(open_files: int) -> int:
+    """Return how many processes a launcher with this limit of open files can watch: each takes it 5 of them."""
+    return min(_MOST_PROCESSES, max(1, (open_files - _OWN_FILES) // 5))
+
+
+def _check_count(count: int, config: RunConfig) -> None:
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = most_processes(open_files if open_files != resource.RLIM_INFINITY else sys.maxsize)
+    if count > most:
+        option = config.source("launch.nproc_per_node").where
+        limit = "on one machine" if most == _MOST_PROCESSES else f"with a limit of {open_files} open files"
+        raise ConfigError(
+            "D0106",
+            f"got {count}; expected at most {most} processes {limit}",
+            where=f"{option} (launch.nproc_per_node)" if option else "launch.nproc_per_node",
+            fix="start fewer" + ("" if most == _MOST_PROCESSES else ", or raise the limit: `ulimit -n`"),
+        )
 
 
 def start_up_lines(plan: LaunchPlan, reason: str, config: RunConfig, env: Mapping[str, str]) -> list[str]:

@@ -64,15 +64,14 @@ def setting_options() -> list[click.Parameter]:
 
 
 def _option(names: Sequence[str], key: str, value: str | None = None, *, about: str) -> click.Option:
-    def note(context: click.Context, _: click.Parameter, given: Any) -> None:
-        if given not in (None, False):
-            context.meta.setdefault(GIVEN, []).append((key, value or given, names[-1]))
+    """Make an option that notes `value`, or, where that is None, each of the values that follow it."""
 
-    is_flag = value is not None
-    metavar = None if is_flag else "VALUE"
-    return click.Option(
-        names, callback=note, expose_value=False, is_flag=is_flag, help=about, metavar=metavar
-    )
+    def note(context: click.Context, _: click.Parameter, given: Any) -> None:
+        values = given if value is None else [value] if given else []
+        context.meta.setdefault(GIVEN, []).extend((key, each, names[-1]) for each in values)
+
+    shape: dict[str, Any] = {"multiple": True, "metavar": "VALUE"} if value is None else {"is_flag": True}
+    return click.Option(names, callback=note, expose_value=False, help=about, **shape)
 
 
 def _unbuilt(name: str) -> click.Option:
@@ -96,15 +95,28 @@ def flags(given: Iterable[Given], settings: Iterable[str]) -> dict[str, tuple[ob
     found: dict[str, tuple[object, str]] = {}
     for key, value, option in [*given, *map(_split, settings)]:
         before, earlier = found.get(key, (value, option))
-        if before != value:
+        if before == value:
+            found[key] = (value, earlier)
+        elif earlier == option:
+            raise twice(option, before, value)
+        else:
             raise LaunchError(
                 "D0308",
                 f"{earlier} says {before!r}, but {option} says {value!r}; expected one value for {key}",
                 where=option,
                 fix=f"leave one of them out: {earlier} or {option}",
             )
-        found[key] = (value, earlier)
     return found
+
+
+def twice(option: str, before: object, value: object) -> LaunchError:
+    """Return the error for one option with two values."""
+    return LaunchError(
+        "D0308",
+        f"{option} is given as {before!r} and as {value!r}; expected one value",
+        where="distrib launch",
+        fix="leave one of them out",
+    )
 
 
 def _split(setting: str) -> Given:

@@ -1,0 +1,191 @@
+"""Saving and loading 50 M parameters with AdamW's state, next to the same bytes in one file."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.measure import MEGA, OURS, PEER, RAW, Bar, Row, alone, interleaved, peak_mb, quiet
+from distrib.testing import run_ranks
+
+WIDTH, LAYERS = 2048, 12
+ROUNDS = 5
+MEMCPY, FSYNC, LIGHT = "memcpy", "fsync", "light"  # LIGHT: ours with durable=False or verify=False
+
+Turn = tuple[Callable[[Path], object], Path]  # what writes or reads a checkpoint, and where
+
+
+def run() -> list[Row]:
+    return [*alone(rows_of, 1), *run_ranks(rows_of, 2, 2, timeout_s=1200)[0]]
+
+
+def rows_of(ranks: int) -> list[Row]:
+    if ranks > 1:
+        dist.init_process_group("gloo")
+    where = "one process" if ranks == 1 else f"DDP {ranks}"
+    with shared_folder() as folder, quiet():
+        return list(measured(folder, where, ranks))
+
+
+def measured(folder: Path, where: str, ranks: int) -> Iterator[Row]:
+    """Yield a row per operation; the contestants of all saves, and of all loads, take turns in one run."""
+    from accelerate import Accelerator as Peer
+
+    from distrib import Accelerator
+
+    ours, peer, state = prepared(Accelerator), prepared(Peer), OneFile()
+    save: dict[str, Turn] = {
+        MEMCPY: (state.copy, folder / "memcpy"),
+        RAW: (state.write, folder / "raw"),
+        FSYNC: (lambda path: state.write(path, durable=True), folder / "fsync"),
+        PEER: (peer.save_state, folder / "accelerate"),
+        OURS: (ours.save_state, folder / "distrib"),
+        LIGHT: (lambda path: ours.save_state(path, durable=False), folder / "light"),
+    }
+    saved = interleaved(save, lambda turn: timed(turn, fresh=True), ROUNDS)
+    load: dict[str, Turn] = {
+        MEMCPY: (state.copy, folder / "memcpy"),
+        RAW: (state.read, folder / "raw"),
+        PEER: (peer.load_state, folder / "accelerate"),
+        OURS: (ours.load_state, folder / "distrib"),
+        LIGHT: (lambda path: ours.load_state(path, verify=False), folder / "distrib"),
+    }
+    loaded = interleaved(load, lambda turn: timed(turn, fresh=False), ROUNDS)
+    wall, cpu = clocks(f"save, {where}", saved, raw=FSYNC, own=OURS)
+    wall.bars.append(Bar("/ one file with fsync", wall.ratio(RAW), 1.15, target=True))
+    yield from (wall, cpu)
+    wall, cpu = clocks(f"save, durable=False, {where}", saved, raw=RAW, own=LIGHT)
+    wall.bars.append(Bar("/ one file", wall.ratio(RAW), 1.1, target=True))
+    if ranks > 1:
+        wall.bars.append(Bar(f"/ {PEER}", wall.ratio(PEER), 0.8, target=True))
+    yield from (wall, cpu)
+    for what, own, limit in (("load", OURS, 0.8), ("load, verify=False", LIGHT, 0.4)):
+        wall, cpu = clocks(f"{what}, {where}", loaded, raw=RAW, own=own)
+        wall.bars.append(Bar(f"/ {PEER}", wall.ratio(PEER), limit, target=True))
+        yield from (wall, cpu)
+    row = Row(f"extra memory of a save, {where}", "MB", memory(save, fresh=True))
+    row.bars.append(Bar("MB", row.samples[OURS][0], 0.15 * state.bytes / ranks / MEGA, target=True))
+    yield row
+    row = Row(f"extra memory of a load, {where}", "MB", memory(load, fresh=False))
+    row.bars.append(Bar(f"/ {PEER}", row.ratio(PEER), 0.2, target=True))
+    yield row
+
+
+def prepared(accelerator_class: Callable[..., Any]) -> Any:
+    """Return an accelerator with a model and an optimizer that has stepped, so that its state is there."""
+    accelerator = accelerator_class(cpu=True)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    accelerator.prepare(model, optimizer)
+    return accelerator
+
+
+class OneFile:
+    """As many bytes as the training state has, and rank 0's plainest ways to keep them; other ranks wait."""
+
+    def __init__(self) -> None:
+        self.bytes = 3 * LAYERS * (WIDTH * WIDTH + WIDTH) * torch.float32.itemsize  # model and two moments
+        self.state = torch.randint(256, (self.bytes,), dtype=torch.uint8) if is_main() else torch.empty(0)
+        self.other = torch.zeros_like(self.state)
+
+    def copy(self, _path: Path) -> None:
+        self.other.copy_(self.state)
+
+    def write(self, path: Path, *, durable: bool = False) -> None:
+        if is_main():
+            with path.open("wb", buffering=0) as file:
+                move_all(file.write, self.state)
+                if durable:
+                    os.fsync(file.fileno())
+
+    def read(self, path: Path) -> None:
+        if is_main():
+            with path.open("rb", buffering=0) as file:
+                move_all(file.readinto, self.other)
+
+
+def move_all(move: Callable[[memoryview], int], tensor: Tensor) -> None:
+    """Move a tensor's bytes by a system call that may do only a part of them at a time."""
+    left = memoryview(tensor.numpy())
+    while left:
+        left = left[move(left) :]
+
+
+def timed(turn: Turn, *, fresh: bool) -> tuple[float, float]:
+    """Return wall seconds until the last rank is done, and CPU seconds of all ranks."""
+    function, path = turn
+    clear(path, fresh=fresh)
+    wall, cpu = time.perf_counter(), time.process_time()
+    function(path)
+    cpu = time.process_time() - cpu
+    meet()
+    wall = time.perf_counter() - wall
+    total = torch.tensor(cpu)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return wall, total.item()
+
+
+def memory(turns: Mapping[str, Turn], *, fresh: bool) -> dict[str, list[float]]:
+    """Return contestant -> rank 0's extra memory at its peak."""
+    found = {}
+    for name in (PEER, OURS):
+        function, path = turns[name]
+        clear(path, fresh=fresh)
+        found[name] = [peak_mb(lambda function=function, path=path: function(path))]
+    return found
+
+
+def clear(path: Path, *, fresh: bool) -> None:
+    """Let nobody start before the disk is idle and, if it must be `fresh`, the path is free."""
+    if is_main():
+        if fresh and path.is_dir():
+            shutil.rmtree(path)
+        elif fresh:
+            path.unlink(missing_ok=True)
+        os.sync()
+    meet()
+
+
+def clocks(what: str, samples: Mapping[str, list[Any]], *, raw: str, own: str) -> list[Row]:
+    """Return a row of wall and one of CPU time, of the contestants that belong to this operation."""
+    shown = {MEMCPY: MEMCPY, RAW: raw, PEER: PEER, OURS: own}
+    return [
+        Row(what, f"s {clock}", {name: [value[i] for value in samples[key]] for name, key in shown.items()})
+        for i, clock in enumerate(("wall", "CPU"))
+    ]
+
+
+def is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def meet() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """Yield the same new folder on all ranks."""
+    names = [tempfile.mkdtemp(prefix="bench-") if is_main() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(names)
+    try:
+        yield Path(names[0])
+        meet()
+    finally:
+        if is_main():
+            shutil.rmtree(names[0])

@@ -1,0 +1,90 @@
+"""From the command to the first DDP step of 2 processes that it starts, and the CPU time of the whole command."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+from socket import socket
+
+from benchmarks.measure import OURS, PEER, RAW, Bar, Row, cpu_s, interleaved
+
+ROUNDS = 5
+LIMIT_S = 120
+BIN = Path(sys.executable).parent
+TORCHRUN = "torchrun"
+MAX_OF_TORCHRUN = 0.75
+COMMANDS = {
+    RAW: (),
+    TORCHRUN: (BIN / "torchrun", "--nproc-per-node", "2"),
+    PEER: (
+        *(BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
+    ),  # --multi_gpu: its way to start several processes; the program stays on the CPU
+    OURS: (BIN / "distrib", "launch", "--cpu", "-n", "2"),
+}
+PROGRAM = """
+    import os, sys, time
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+
+    dist.init_process_group("gloo")
+    model = nn.parallel.DistributedDataParallel(nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(4, 8)).sum().backward()
+    optimizer.step()
+    if dist.get_rank() == 0:
+        with open(sys.argv[1], "w") as file:
+            file.write(str(time.clock_gettime(time.CLOCK_MONOTONIC)))
+    dist.barrier()
+    os._exit(0)  # torch 2.13 sometimes aborts when it ends a process that has a DDP model
+"""
+
+
+def run() -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "train.py"
+        program.write_text(textwrap.dedent(PROGRAM))
+        samples = interleaved(COMMANDS, lambda command: timed(command, program), ROUNDS)
+    first, cpu = (
+        Row(what, unit, {name: [value[i] for value in values] for name, values in samples.items()})
+        for i, (what, unit) in enumerate((("to the first step", "s wall"), ("whole command", "s CPU")))
+    )
+    first.bars.append(Bar(f"/ {TORCHRUN}", first.ratio(TORCHRUN), MAX_OF_TORCHRUN, target=True))
+    return [first, cpu]
+
+
+def timed(command: tuple[str, ...], program: Path) -> tuple[float, float]:
+    """Return wall seconds until rank 0 has stepped, and CPU seconds of all processes."""
+    stepped = program.with_name("stepped")
+    stepped.unlink(missing_ok=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = (program, stepped)
+    start = time.clock_gettime(time.CLOCK_MONOTONIC)
+    cpu = cpu_s(lambda: finish(command, words, env) if command else by_hand(words, env))
+    return float(stepped.read_text()) - start, cpu
+
+
+def finish(command: tuple[str, ...], words: tuple[Path, ...], env: dict[str, str]) -> None:
+    subprocess.run((*command, *words), env=env, check=True, capture_output=True, timeout=LIMIT_S)
+
+
+def by_hand(words: tuple[Path, ...], env: dict[str, str]) -> None:
+    """Start both ranks without a launcher: what no launcher of fresh interpreters can undercut."""
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen((sys.executable, *words), env={**env, **meeting, "RANK": str(rank)})
+        for rank in range(2)
+    ]
+    try:
+        codes = [rank.wait(LIMIT_S) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    if any(codes):
+        raise RuntimeError(f"the ranks ended with exit codes {codes}")
