@@ -25,6 +25,7 @@ from distrib.collectives.padding import check_dim, padded, size_of
 from distrib.collectives.reductions import Reduction
 from distrib.collectives.signature import Signature, call_site, disagreement
 from distrib.collectives.store import join_store
+from distrib.collectives.threads import let_threads_finish
 from distrib.collectives.trees import map_tensors, replace_tensors, tensors
 from distrib.collectives.turns import Turns
 from distrib.errors import CollectiveError, TopologyError
@@ -245,6 +246,7 @@ class ProcessGroupCollectives(Collectives):
 
     def close(self) -> None:
         self._turns.close()
+        let_threads_finish()
         if self._owned and dist.is_initialized():
             dist.destroy_process_group()
         self._owned = False
