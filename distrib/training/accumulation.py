@@ -95,6 +95,7 @@ class Accumulation:
         self.entered_for: MicroStep | None = None  # the micro-step that `accumulate` was last entered for
         self._serial = 0  # counts windows
         self._number = 0  # counts micro-steps
+        self._is_alone = steps == 1  # whether the current micro-step is the only one of its window
         self._mean_weight, self._correction = 1 / steps, 1.0
         self._sum_weight = self._collectives.world_size
         self.divides = scaler is not None  # whether `finish` has anything to do
@@ -230,8 +231,9 @@ class Accumulation:
             self.closes, self._mean_weight, self._correction = True, 1 / self._steps, 1.0
             self._sum_weight = self._collectives.world_size
             self._serial += 1
+            self._is_alone = self._steps == 1
             return False
-        self.closes = step.closes
+        self.closes, self._is_alone = step.closes, step.closes and step.opens
         self._number += 1
         if step.opens:
             self._serial += 1
@@ -245,8 +247,10 @@ class Accumulation:
         window = optimizer.window
         serial = self._serial if self.micro_step is not None or self.scope is None else self.scope.serial
         if window.serial != serial:
-            if optimizer.holds:
+            if optimizer.is_unfinished:
                 optimizer.abandon()
+            elif optimizer.content == "open":
+                optimizer.content = "used"
             window.open(serial)
             window.loss_scale = scale
         kind: Literal["mean", "sum"] = "mean" if count is None else "sum"
@@ -261,7 +265,9 @@ class Accumulation:
                 window.total = window.total + count if self._sum_weight else window.total
             else:
                 window.check_count(count)
-        optimizer.holds = not self.closes
+        optimizer.is_unfinished = not self.closes
+        if optimizer.content == "nothing" and not self._is_alone:
+            optimizer.content = "open"
 
     def _sum_factor(self, count: Count | None) -> float:
         """Return what summed losses are multiplied by in fp16: a power of two near 1 / count, the same all run long."""

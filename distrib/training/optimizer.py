@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import chain
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -30,6 +30,10 @@ class PreparedOptimizer(Optimizer):
         num_steps: Real steps taken since the run began, over restarts.
         stepped: Whether the last call of `step` changed the parameters.
         skipped: Whether the last step at a window's end left them unchanged.
+        content: What lies in `.grad`: nothing, gradients of an open window of several micro-steps, or those of a
+            window that is over. A loss does not tell which optimizers it is for, so one that is for another
+            optimizer must not make "used" gradients "open" ones.
+        is_unfinished: Whether the last loss came in a micro-step that did not close its window.
     """
 
     def __init__(self, optimizer: Optimizer, strategy: Strategy, accumulation: Accumulation) -> None:
@@ -40,7 +44,8 @@ class PreparedOptimizer(Optimizer):
         self.stepped = False
         self.skipped = False
         self.window = Window()
-        self.holds = False  # gradients of an open window lie in .grad
+        self.content: Literal["nothing", "open", "used"] = "nothing"
+        self.is_unfinished = False
         accumulation.add(self)
 
     @property
@@ -95,20 +100,22 @@ class PreparedOptimizer(Optimizer):
             accumulation.check_may_step()
         self.stepped = False
         if not accumulation.closes:
-            self.holds = True
+            self.is_unfinished = True
+            if self.content == "nothing":
+                self.content = "open"
             return
         if accumulation.divides and not window.divided:
             accumulation.finish(self)
         self.stepped = not window.unusable and self._strategy.step(self.optimizer).stepped
         self.skipped = not self.stepped
         self.num_steps += self.stepped
-        self.holds = False
+        self.content, self.is_unfinished = "used", False
         accumulation.stepped(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 (torch's signature)
         """Clear the gradients, unless an open window still adds to them."""
-        if not self.holds or self._accumulation.was_left():
-            self.holds = False
+        if self.content != "open" or self._accumulation.was_left():
+            self.content, self.is_unfinished = "nothing", False
             self.window.serial = self.window.kind = None
             self.optimizer.zero_grad(set_to_none=set_to_none)
 
@@ -122,7 +129,7 @@ class PreparedOptimizer(Optimizer):
 
     def abandon(self) -> None:
         """Forget the open window with its gradients: it will be replayed from its beginning."""
-        self.holds = False
+        self.content = "used"
         self.zero_grad()
 
     def rescale(self, factor: float) -> None:
