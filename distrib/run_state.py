@@ -46,6 +46,11 @@ class RunState:
         """Whether `prepare` has nothing more to do for `x`."""
         return id(x) in self.known
 
+    def is_compiled_since(self, x: Any) -> bool:
+        """Whether `x` is what `torch.compile` made of a prepared model."""
+        inner = getattr(x, "_orig_mod", None)
+        return inner is not None and self.prepared(inner) is inner and self.is_prepared(inner)
+
     def prepared(self, x: Any) -> Any:
         """Return what `x` was prepared to; itself, if it is prepared already."""
         return self.known[id(x)][1] if id(x) in self.known else x

@@ -22,6 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from distrib.collectives.base import Collectives
 from distrib.collectives.trees import tensors
@@ -55,6 +56,10 @@ class DDP(Single):
         self._wrapped: list[weakref.ref[DistributedDataParallel]] = []
         self._first_steps: weakref.WeakKeyDictionary[nn.Module, FirstStep] = weakref.WeakKeyDictionary()
         self._power_sgd: weakref.WeakKeyDictionary[nn.Module, PowerSGDState] = weakref.WeakKeyDictionary()
+        self._averaged = WeakIdKeyDictionary()
+        self._not_averaged_of: weakref.WeakKeyDictionary[Optimizer, tuple[int, list[nn.Parameter]]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._guards: list[Any] = []  # handles of forward hooks that are there until the first step
         self._said: set[str] = set()
         self._has_warned = False
@@ -82,7 +87,7 @@ class DDP(Single):
         return model
 
     def gradient_sync(self, models: Sequence[nn.Module], *, enabled: bool) -> AbstractContextManager[None]:
-        wrapped = [model for model in models if isinstance(model, DistributedDataParallel)]
+        wrapped = [x for x in map(_wrapper, models) if x is not None]
         return nullcontext() if enabled or not wrapped else _NoSync(wrapped)
 
     def backward(self, loss: Tensor) -> None:
@@ -122,6 +127,11 @@ class DDP(Single):
                     raise self._not_averaged(model, str(error)) from error
         while self._guards:
             self._guards.pop().remove()
+        num_groups, outside = self._not_averaged_of.get(optimizer, (0, []))
+        if num_groups != len(optimizer.param_groups):
+            outside = self._outside_of_models(optimizer)
+        if outside:
+            _refuse_gradients(outside, optimizer)
         optimizer.step()
         return _STEPPED
 
@@ -148,7 +158,8 @@ class DDP(Single):
             yield plain
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        return model.module if isinstance(model, DistributedDataParallel) else model
+        wrapped = _wrapper(model)
+        return model if wrapped is None else wrapped.module
 
     def join_uneven_inputs(self, models: Sequence[nn.Module]) -> AbstractContextManager[None]:
         """Return a context in which a rank may run out of batches before others: it takes part without gradients.
@@ -156,7 +167,7 @@ class DDP(Single):
         Raises:
             StrategyError: D0810, for models that talk in ways that torch's `Join` does not know.
         """
-        wrapped = [model for model in models if isinstance(model, DistributedDataParallel)]
+        wrapped = [x for x in map(_wrapper, models) if x is not None]
         for model in wrapped:
             if model.static_graph or batchnorm.is_synchronized(model):
                 what = "ddp.static_graph" if model.static_graph else "synchronized BatchNorm"
@@ -187,9 +198,16 @@ class DDP(Single):
         if self._looks == "auto" and not self._static:
             is_main = self.runtime.topology.is_main
             self._first_steps[wrapped] = FirstStep(wrapped, self.runtime.collectives, say=is_main)
+        self._averaged.update({x: True for x in model.parameters() if x.requires_grad})
         self._guards.append(wrapped.register_forward_pre_hook(self._guard))
         self._wrapped = [x for x in self._wrapped if x() is not None] + [weakref.ref(wrapped)]
         return wrapped
+
+    def _outside_of_models(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        """Return the optimizer's parameters whose gradients nothing averages; found anew when it gets a group."""
+        outside = [x for group in optimizer.param_groups for x in group["params"] if x not in self._averaged]
+        self._not_averaged_of[optimizer] = len(optimizer.param_groups), outside
+        return outside
 
     def _see_to_batchnorm(self, model: nn.Module) -> None:
         if self._sync_batchnorm:
@@ -383,6 +401,24 @@ def _reached_twice(said: str) -> StrategyError:
         "parameters came before one backward",
         fix="call backward after each forward; for checkpoints set ddp.static_graph: true or use_reentrant=False",
     )
+
+
+def _refuse_gradients(outside: Sequence[nn.Parameter], optimizer: Optimizer) -> None:
+    for parameter in outside:
+        if parameter.requires_grad and parameter.grad is not None:
+            raise StrategyError(
+                "D0812",
+                f"a parameter of shape {tuple(parameter.shape)} of the {type(optimizer).__name__} has a gradient, but "
+                "it is in no prepared model, or was frozen when that was prepared: the ranks would step with "
+                "gradients of their own",
+                fix="make it part of a model that is prepared, and unfreeze parameters before prepare",
+            )
+
+
+def _wrapper(model: nn.Module) -> DistributedDataParallel | None:
+    """Return the wrapper of a prepared model, also of one that has been compiled since."""
+    found = getattr(model, "_orig_mod", model)
+    return found if isinstance(found, DistributedDataParallel) else None
 
 
 def _is_trained(model: nn.Module) -> bool:

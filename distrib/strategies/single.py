@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from distrib.errors import StrategyError
 from distrib.precision import apply_precision
 from distrib.state import ShardedState, TensorSpec, TrainState
 from distrib.strategies import slices
@@ -25,6 +27,7 @@ class Single(Strategy):
 
     def prepare(self, state: TrainState) -> TrainState:
         for model in state.models:
+            _refuse_wrapped(model)
             self.place(model)
         for optimizer in state.optimizers:
             _move_state(optimizer)
@@ -87,6 +90,16 @@ class Single(Strategy):
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.DataParallel, DistributedDataParallel)):
+            raise StrategyError(
+                "D0813",
+                f"{name or 'the model'} is in a {type(module).__name__} already, so gradients would be exchanged twice",
+                fix="give prepare the plain model",
+            )
 
 
 def _scale_and_check(gradients: Sequence[Tensor], factor: float) -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from distrib import Accelerator, RunConfig, set_seed
-from distrib.errors import DataError, TrainingError
+from distrib.errors import DataError, StrategyError, TrainingError
 from distrib.testing import ranks, run_ranks
 
 
@@ -237,3 +237,52 @@ def test_bf16_trains_and_gives_wide_outputs():
     accelerator.backward(out.sum())
     optimizer.step()
     assert accelerator.unwrap_model(model).weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("what", ["of no model", "unfrozen", "of a group that came later"])
+@ranks(2)
+def test_a_gradient_that_nothing_averages_is_refused(what: str):
+    accelerator = Accelerator(cpu=True)
+    model = nn.Linear(2, 1)
+    own = nn.Parameter(torch.ones(()))
+    if what == "unfrozen":
+        model.bias.requires_grad_(False)
+    optimizer = torch.optim.SGD([*model.parameters(), *([own] if what == "of no model" else [])], lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.backward(model(torch.ones(1, 2)).sum())
+    optimizer.step()  # right: no such gradient so far
+    optimizer.zero_grad()
+    accelerator.unwrap_model(model).bias.requires_grad_(True)
+    if what == "of a group that came later":
+        optimizer.add_param_group({"params": [own]})
+    factor = 1 if what == "unfrozen" else own
+    accelerator.backward(model(torch.ones(1, 2)).sum() * factor)
+    with pytest.raises(StrategyError, match="D0812"):
+        optimizer.step()
+
+
+@ranks(1, 2)
+def test_a_model_that_is_compiled_after_prepare_keeps_its_names():
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(nn.Linear(2, 1))
+    compiled = torch.compile(prepared)
+    assert accelerator.prepare(compiled) is compiled
+    assert isinstance(accelerator.unwrap_model(compiled, keep_torch_compile=False), nn.Linear)
+    assert sorted(accelerator.get_state_dict(compiled)) == ["bias", "weight"]
+
+
+@ranks(2)
+def test_a_model_that_is_wrapped_already_is_refused():
+    accelerator = Accelerator(cpu=True)
+    wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
+    with pytest.raises(StrategyError, match="D0813"):
+        accelerator.prepare(wrapped)
+
+
+@ranks(1, 2)
+def test_what_is_given_to_prepare_twice_in_one_call_is_one_model():
+    accelerator = Accelerator(cpu=True)
+    model = nn.Linear(2, 1)
+    first, second = accelerator.prepare(model, model)
+    assert first is second
+    assert len(accelerator._run.models) == 1
