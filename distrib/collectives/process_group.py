@@ -51,6 +51,9 @@ _OPS = {
 }
 
 
+_sharing: list[ProcessGroupCollectives] = []  # those over the default group; the last one to close ends it
+
+
 def connect(
     topology: Topology, comm_backend: str, device: torch.device, timeout_s: float, rendezvous_timeout_s: float
 ) -> ProcessGroupCollectives:
@@ -115,6 +118,7 @@ class ProcessGroupCollectives(Collectives):
 
     def __init__(self, device: torch.device, *, owned: bool) -> None:
         self.device, self._owned = device, owned
+        _sharing.append(self)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._cpu_group = _group_for_cpu()
         self._meet = Exchange(self.world_size, self._cpu_group)
@@ -247,7 +251,11 @@ class ProcessGroupCollectives(Collectives):
     def close(self) -> None:
         self._turns.close()
         let_threads_finish()
-        if self._owned and dist.is_initialized():
+        if self in _sharing:
+            _sharing.remove(self)
+        if self._owned and _sharing:
+            _sharing[0]._owned = True
+        elif self._owned and dist.is_initialized():
             dist.destroy_process_group()
         self._owned = False
 

@@ -286,3 +286,12 @@ def test_what_is_given_to_prepare_twice_in_one_call_is_one_model():
     first, second = accelerator.prepare(model, model)
     assert first is second
     assert len(accelerator._run.models) == 1
+
+
+@ranks(2)
+def test_the_end_of_one_accelerator_leaves_the_process_group_to_another():
+    first, second = Accelerator(cpu=True), Accelerator(cpu=True)
+    first.end_training()
+    assert second.gather(torch.tensor([second.process_index])).tolist() == [0, 1]
+    second.end_training()
+    assert not torch.distributed.is_initialized()
