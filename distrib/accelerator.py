@@ -74,7 +74,7 @@ class Accelerator:
         project_dir: Where relative paths of outputs begin; the working directory by default.
         log_with: A tracker's name, a `distrib.tracking.Tracker` of your own, or a list of these.
         seed: Seed of everything random; `set_seed` may be used instead.
-        cpu: True to stay on the CPU, like `device: cpu`.
+        cpu: True to stay on the CPU, like `device: cpu`; False leaves the device to the settings.
 
     Raises:
         ConfigError: if a value is wrong, or contradicts what was set at launch.
@@ -103,7 +103,7 @@ class Accelerator:
             "project_dir": None if project_dir is None else str(project_dir),
             "tracking.log_with": tracker_names,
             "seed": seed,
-            "device": "cpu" if cpu else None,
+            "cpu": cpu,
         }
         set_here = {key: value for key, value in arguments.items() if value is not None}
         env = os.environ  # noqa: TID251 (the constructor is an edge)
@@ -213,11 +213,12 @@ class Accelerator:
             StrategyError: for an object of another kind.
         """
         kinds = [self._role(x) for x in objects]
-        new_models = [x for x, kind in zip(objects, kinds, strict=True) if kind == "model"]
-        new_optimizers = [x for x, kind in zip(objects, kinds, strict=True) if kind == "optimizer"]
+        new = {id(x): (x, kind) for x, kind in zip(objects, kinds, strict=True)}.values()
+        new_models = [x for x, kind in new if kind == "model"]
+        new_optimizers = [x for x, kind in new if kind == "optimizer"]
         if new_models or new_optimizers:
             self._prepare_trained(new_models, new_optimizers)
-        for x, kind in zip(objects, kinds, strict=True):
+        for x, kind in new:
             if kind == "loader":
                 self._prepare_loader(x)
             elif kind == "scheduler":
@@ -259,7 +260,7 @@ class Accelerator:
         return prepared
 
     def _role(self, x: Any) -> str:
-        if x is None or self._run.is_prepared(x):
+        if x is None or self._run.is_prepared(x) or self._run.is_compiled_since(x):
             return "done"
         if isinstance(x, nn.Module):
             return "model"
@@ -396,7 +397,7 @@ class Accelerator:
             0-d: the global norm before clipping; in mid-window, that of the last complete window (0 at first).
         """
         if self._accumulation.closes:
-            parameters = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+            parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)  # type: ignore[list-item]
             if self._accumulation.divides:
                 self._accumulation.finish_for(parameters)
             self._last_norm = self._strategy.clip_grad_norm_(parameters, max_norm, norm_type)
@@ -405,7 +406,7 @@ class Accelerator:
     def clip_grad_value_(self, parameters: Iterable[nn.Parameter] | nn.Parameter, clip_value: float) -> None:
         """Clamp gradients to [-clip_value, clip_value], at a window's end; else do nothing. Collective."""
         if self._accumulation.closes:
-            parameters = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+            parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)  # type: ignore[list-item]
             if self._accumulation.divides:
                 self._accumulation.finish_for(parameters)
             self._strategy.clip_grad_value_(parameters, clip_value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 
 from distrib.collectives import connect_ranks
 from distrib.config import RunConfig, from_wire, load_config, with_code
+from distrib.config.schema import show
 from distrib.devices import choose_device
+from distrib.errors import ConfigError
 from distrib.precision import resolve_precision
 from distrib.state import Runtime
 from distrib.strategies import Strategy, choose_strategy
@@ -29,31 +32,54 @@ class Startup:
     summary: str
 
 
-def read_config(
-    given: RunConfig | str | Path | None, arguments: Mapping[str, Any], env: Mapping[str, str], where: str
-) -> RunConfig:
+def read_config(given: object, arguments: Mapping[str, Any], env: Mapping[str, str], where: str) -> RunConfig:
     """Return the settings of this run: the launcher's or a file's, and those that the script gives.
 
     Args:
-        given: The accelerator's first argument.
-        arguments: Dotted key -> value of its keyword arguments that are not None.
+        given: The accelerator's first argument: a RunConfig, a path or None.
+        arguments: Dotted key -> value of its keyword arguments that are not None, and `cpu`.
         env: The process's environment.
         where: "file:line" of the script's call.
 
     Raises:
         ConfigError: if the script contradicts what was set at launch, or a value is wrong.
     """
+    values = dict(arguments)
+    cpu = values.pop("cpu", None)
+    if cpu is not None and not isinstance(cpu, bool):
+        raise ConfigError(
+            "D0106",
+            f"got {show(cpu)}; expected True, False or None",
+            where=f"{where} (cpu)",
+            fix="pass cpu=True to stay on the CPU, or leave it out",
+        )
+    if cpu:
+        values["device"] = "cpu"
+    return with_code(_before_arguments(given, env, where), values, where)
+
+
+def _before_arguments(given: object, env: Mapping[str, str], where: str) -> RunConfig:
     launched = env.get("DISTRIB_CONFIG")
     if given is None:
-        base = from_wire(launched) if launched else load_config(env=env, cwd=Path.cwd(), read_cwd=False)
-        return with_code(base, arguments, where)
+        return from_wire(launched) if launched else load_config(env=env, cwd=Path.cwd(), read_cwd=False)
     if isinstance(given, RunConfig):
         own = given
     else:  # what the launcher passed already has the environment's settings in it
-        own = load_config(file=given, env={} if launched else env, cwd=Path.cwd(), read_cwd=False)
-    if launched:
-        own = with_code(from_wire(launched), own.set_values(), where)
-    return with_code(own, arguments, where)
+        path = _path_of(given, where)
+        own = load_config(file=path, env={} if launched else env, cwd=Path.cwd(), read_cwd=False)
+    return with_code(from_wire(launched), own.set_values(), where) if launched else own
+
+
+def _path_of(given: object, where: str) -> str:
+    path = os.fspath(given) if isinstance(given, str | os.PathLike) else None
+    if isinstance(path, str) and path:
+        return path
+    raise ConfigError(
+        "D0106",
+        f"got {show(given)}; expected a RunConfig, or the path of a YAML or JSON file",
+        where=f"{where} (config)",
+        fix="leave it out, or pass RunConfig(seed=0, ...) or 'run.yaml'",
+    )
 
 
 def start(config: RunConfig, env: Mapping[str, str]) -> Startup:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from distrib.config import not_built
 from distrib.config.problems import raise_all
 from distrib.config.schema import (
+    MAX_COUNT,
     Values,
     canonical,
     default_of,
@@ -84,6 +85,8 @@ def _check_one(setting: Setting) -> ConfigError | None:
 
 def _wrong(setting: Setting, wanted: str, fix: str) -> ConfigError:
     near = did_you_mean(setting.value, names_of(setting.key)) if _is_misspelt(setting) else ""
+    too_long = isinstance(setting.value, int) and setting.value > MAX_COUNT
+    near = ", with fewer than 1000 digits" if too_long else near
     problem = f"got {show(setting.value)}; expected {wanted}{near}"
     return ConfigError("D0106", problem, where=setting.where, fix=fix)
 
@@ -97,7 +100,7 @@ _YES_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "fals
 
 def _how_to_mend(setting: Setting) -> str:
     key, value, default = setting.key, setting.value, default_of(setting.key)
-    meant = _YES_NO.get(str(value).lower())
+    meant = _YES_NO.get(value.lower()) if isinstance(value, str) else None
     if meant and (isinstance(default, bool) or "true" in expected(key)):
         return f"write {meant}: only true and false are booleans"
     if value is False and "no" in names_of(key):

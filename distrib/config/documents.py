@@ -23,9 +23,10 @@ _TAG: Final = "tag:yaml.org,2002:"
 _CORE: Final = {
     "null": re.compile(r"(null|Null|NULL|~|)\Z"),
     "bool": re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"),
-    "int": re.compile(r"([-+]?[0-9]{1,999}|0o[0-7]+|0x[0-9a-fA-F]+)\Z"),
+    # Longer ones are texts, which no number may be: Python does not write them back, and as a float they are infinite.
+    "int": re.compile(r"([-+]?[0-9]{1,999}|0o[0-7]{1,999}|0x[0-9a-fA-F]{1,999})\Z"),
     "float": re.compile(
-        r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z"
+        r"(?![-+]?[0-9]{1000})([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z"
     ),
 }
 

@@ -59,23 +59,24 @@ def _listed(value: Any) -> Any:
 def _choose_file(
     file: str | Path | None, env: Mapping[str, str], cwd: Path, *, read_cwd: bool
 ) -> Path | None:
-    named = file or env.get(FILE_VARIABLE)
-    if named:
+    named = file if file is not None else env.get(FILE_VARIABLE) or None
+    if named is not None:
         return Path(named)
     return Path(DEFAULT_FILE) if read_cwd and (cwd / DEFAULT_FILE).exists() else None
 
 
 def _read(path: Path, cwd: Path, file: str | Path | None, env: Mapping[str, str]) -> str:
-    by_variable = not file and env.get(FILE_VARIABLE)
+    by_variable = file is None and env.get(FILE_VARIABLE)
     try:
         return (cwd / path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+    except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else reason
         named = f" (named by {FILE_VARIABLE})" if by_variable else ""
         raise ConfigError(
             "D0102",
             f"the configuration cannot be read: {reason}{named}; expected a YAML or JSON file",
-            where=str(path),
+            where=str(path) if str(path).isprintable() else repr(str(path)),
             fix=f"correct {FILE_VARIABLE}, or unset it" if by_variable else "correct the path",
         ) from None
 

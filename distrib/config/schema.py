@@ -44,11 +44,12 @@ class Names:
         raise ValueError(name)
 
 
+MAX_COUNT = 10**999 - 1  # what a file can hold
 _MAX_SEED = 2**63 - 1  # what a signed 64-bit integer, torch's generator and JSON readers all hold
 _MAX_SECONDS = 1e9  # 31 years, which every timer can hold
 
-Count = Annotated[int, Field(ge=1), Expected("a whole number of at least 1")]
-CountFromZero = Annotated[int, Field(ge=0), Expected("a whole number of at least 0")]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT), Expected("a whole number of at least 1")]
+CountFromZero = Annotated[int, Field(ge=0, le=MAX_COUNT), Expected("a whole number of at least 0")]
 AxisSize = Count | Literal[-1]
 Seed = Annotated[int, Field(ge=0, le=_MAX_SEED), Expected(f"a whole number from 0 to {_MAX_SEED}")]
 Port = Annotated[int, Field(ge=0, le=65535), Expected("a port from 0 (any free one) to 65535")]
@@ -315,5 +316,8 @@ def show(value: object) -> str:
     """Write a value as a config file would: true, null, 'text', 3."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
-    text = repr(value)
+    try:
+        text = " ".join(repr(value).split()) if not isinstance(value, str) else repr(value)
+    except ValueError:  # Python writes no integer of more than some thousand digits
+        text = f"<{type(value).__name__} with more digits than can be shown>"
     return text if len(text) <= 80 else f"{text[:77]}..."

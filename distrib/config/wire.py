@@ -31,7 +31,9 @@ def from_wire(text: str) -> RunConfig:
         content = json.loads(text)
         settings = [_setting(row) for row in content["settings"]]
         file = content["file"]
-    except (ValueError, TypeError, KeyError) as error:
+        if not isinstance(file, str | None):
+            raise TypeError(f"file is {file!r}, not a text")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _damaged(f"{type(error).__name__}: {error}") from None
     if content.get("format") != _FORMAT:
         raise _damaged(f"format {content.get('format')!r}, expected {_FORMAT}")
@@ -40,6 +42,8 @@ def from_wire(text: str) -> RunConfig:
 
 def _setting(row: list[Any]) -> Setting:
     key, value, kind, where = row
+    if not (isinstance(key, str) and isinstance(where, str)):
+        raise TypeError(f"key {key!r} or source {where!r} is not a text")
     if kind not in PRECEDENCE:
         raise ValueError(f"unknown kind of source {kind!r}")
     return Setting(key, value, Source(kind, where))

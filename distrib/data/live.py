@@ -14,12 +14,13 @@ class LiveLoaders:
     When an evaluation loop inside a training loop ends, the training loader is current again.
 
     Attributes:
+        stack: All of them.
         current: The loader that yielded last and is not at its end.
         last_ended: The one whose loop ended last.
     """
 
     def __init__(self) -> None:
-        self._stack: list[PreparedDataLoader] = []
+        self.stack: list[PreparedDataLoader] = []
         self.current: PreparedDataLoader | None = None
         self.last_ended: PreparedDataLoader | None = None
 
@@ -27,19 +28,14 @@ class LiveLoaders:
         """Make `loader` the current one."""
         if self.current is loader:
             return
-        if loader in self._stack:
-            self._stack.remove(loader)
-        self._stack.append(loader)
+        if loader in self.stack:
+            self.stack.remove(loader)
+        self.stack.append(loader)
         self.current = loader
 
     def ended(self, loader: PreparedDataLoader) -> None:
         """Take out a loader whose loop has ended, by exhaustion or by `break`."""
-        if loader in self._stack:
-            self._stack.remove(loader)
-            self.current = self._stack[-1] if self._stack else None
+        if loader in self.stack:
+            self.stack.remove(loader)
+            self.current = self.stack[-1] if self.stack else None
             self.last_ended = loader
-
-    def stepped(self) -> None:
-        """Note that an optimizer has stepped: the windows yielded so far are used up."""
-        for loader in self._stack:
-            loader.stepped()

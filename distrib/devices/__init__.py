@@ -60,7 +60,7 @@ def _requested(name: str, where: str | None) -> tuple[DeviceBackend, str]:
     backend = DEVICES.get(name)()
     usable, reason = backend.available()
     if usable:
-        return backend, f"device {name}: requested, {reason}"
+        return backend, f"requested, {reason}"
     raise TopologyError(
         "D0210",
         f"device {name!r} is not available: {reason}",

@@ -128,7 +128,7 @@ class DDP(Single):
         while self._guards:
             self._guards.pop().remove()
         num_groups, outside = self._not_averaged_of.get(optimizer, (0, []))
-        if num_groups != len(optimizer.param_groups):
+        if num_groups != len(optimizer.param_groups) and not self._alone:
             outside = self._outside_of_models(optimizer)
         if outside:
             _refuse_gradients(outside, optimizer)

@@ -114,7 +114,7 @@ def _scale_and_check(gradients: Sequence[Tensor], factor: float) -> bool:
             torch._foreach_mul_(group, factor)
         scale = torch.tensor(1.0 if dtype is torch.float64 else factor, dtype=torch.float32, device=device)
         torch._amp_foreach_non_finite_check_and_unscale_(group, found[-1], scale)
-    return not any(bool(x) for x in found)
+    return not sum(map(float, found))
 
 
 def _move_state(optimizer: Optimizer) -> None:

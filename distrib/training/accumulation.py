@@ -45,7 +45,12 @@ class MicroStepScope:
 
     def __enter__(self) -> None:
         accumulation = self._accumulation
-        accumulation.enter(self)
+        loader = accumulation.live.current
+        is_bound = loader is not None and loader.micro_step is accumulation.micro_step is not None
+        is_bound = is_bound or accumulation.bind_loader()
+        accumulation.scope, accumulation.entered_for = self, accumulation.micro_step
+        if not is_bound:
+            accumulation.count(self)
         if self._quiet is not None and not accumulation.closes:
             self._is_quiet = True
             self._quiet.__enter__()
@@ -84,7 +89,7 @@ class Accumulation:
         scaler: LossScaler | None = None,
         names: Callable[[], Mapping[int, str]] = dict,
     ) -> None:
-        self.strategy, self._collectives, self._live = strategy, runtime.collectives, live
+        self.strategy, self._collectives, self.live = strategy, runtime.collectives, live
         self._device, self._steps, self._scaler, self._names = runtime.device, steps, scaler, names
         wide, _ = runtime.device_backend.supports(torch.float64)
         self._count_dtype = torch.float64 if wide else torch.float32
@@ -116,7 +121,7 @@ class Accumulation:
         scope = self.scope
         if scope is None:
             scope = self._outside
-            self._bind_loader()
+            self.bind_loader()
         weight, scale = self._mean_weight, 1.0
         if count is not None:
             if type(count) is not int or count < 0:
@@ -124,7 +129,8 @@ class Accumulation:
             weight, self.divides = self._sum_weight, True
         if self._scaler is not None:
             scale = self._scaler.scale
-            weight *= self._sum_factor(count)
+            if count is not None:
+                weight *= self._sum_factor(count)
         for optimizer in scope.owners:
             self._note(optimizer, count, scale)
         factor = weight * scale
@@ -148,11 +154,11 @@ class Accumulation:
         window.divided = True
         factor = self._correction / window.loss_scale if window.kind == "mean" else 1 / window.loss_scale
         if window.kind == "sum":
-            total = self._total(window.total)
+            total = float(self._collectives.all_reduce_(self._scalar(window.total)))
             if not total:
                 window.unusable = NOTHING_COUNTED
                 return
-            factor /= total
+            factor /= total * (self._scaler.sum_factor or 1.0) if self._scaler is not None else total
         if factor != 1 or self._scaler is not None:
             check = self._scaler is not None
             finite = self.strategy.scale_gradients_(optimizer.parameters(), factor, check_finite=check)
@@ -180,7 +186,7 @@ class Accumulation:
 
     def was_left(self) -> bool:
         """Whether the loop over a loader has ended in the middle of a window."""
-        return self.micro_step is not None and self._live.current is None
+        return self.micro_step is not None and self.live.current is None
 
     def check_may_step(self) -> None:
         """Refuse a step in the middle of a window that `accumulate` was not told about.
@@ -188,7 +194,7 @@ class Accumulation:
         Raises:
             TrainingError: if the batch yielded last is not its window's last and `accumulate` is not in use.
         """
-        self._bind_loader()
+        self.bind_loader()
         if not self.closes and self.micro_step is not None and self.entered_for is not self.micro_step:
             raise TrainingError(
                 "D0601",
@@ -200,18 +206,15 @@ class Accumulation:
         """Note that a window's gradients are used up; what was yielded for it counts as consumed."""
         window = optimizer.window
         outcome, window.serial, window.kind, window.unusable = window.unusable, None, None, ""
-        self._live.stepped()
+        for loader in self.live.stack:
+            loader.stepped()
         if self._scaler is not None and outcome != NOTHING_COUNTED:
-            self._adapt_scale(optimizer, self._scaler, finite=not outcome)
+            self._scaler.update(finite=not outcome)
+            if self._scaler.skipped_in_a_row >= _MOST_SKIPPED:
+                raise self._never_finite(optimizer, self._scaler)
 
-    def enter(self, scope: MicroStepScope) -> None:
-        """Take up the micro-step of the loader being read, or count one for the models of `scope`."""
-        loader = self._live.current
-        is_bound = loader is not None and loader.micro_step is self.micro_step is not None
-        is_bound = is_bound or self._bind_loader()
-        self.scope, self.entered_for = scope, self.micro_step
-        if is_bound:
-            return
+    def count(self, scope: MicroStepScope) -> None:
+        """Count a micro-step of the models of `scope`, where no loader is read."""
         if scope.counted == 0:
             self._serial += 1
             scope.serial = self._serial
@@ -221,8 +224,9 @@ class Accumulation:
         if self.closes:
             scope.counted = 0
 
-    def _bind_loader(self) -> bool:
-        loader = self._live.current
+    def bind_loader(self) -> bool:
+        """Take up the micro-step of the loader being read; say whether there is one."""
+        loader = self.live.current
         step = loader.micro_step if loader is not None else None
         if step is self.micro_step:
             return step is not None
@@ -254,7 +258,9 @@ class Accumulation:
             window.open(serial)
             window.loss_scale = scale
         kind: Literal["mean", "sum"] = "mean" if count is None else "sum"
-        if window.kind != kind or window.divided:
+        if window.kind is None and not window.divided:
+            window.kind = kind
+        elif window.kind != kind or window.divided:
             window.check_kind(kind)
         if window.loss_scale != scale:
             optimizer.rescale(scale / window.loss_scale)
@@ -269,41 +275,27 @@ class Accumulation:
         if optimizer.content == "nothing" and not self._is_alone:
             optimizer.content = "open"
 
-    def _sum_factor(self, count: Count | None) -> float:
+    def _sum_factor(self, count: Count) -> float:
         """Return what summed losses are multiplied by in fp16: a power of two near 1 / count, the same all run long."""
         assert self._scaler is not None, "only a loss scale needs it"
-        if count is None:
-            return 1.0
         if self._scaler.sum_factor is None:  # the first sum of the run: collective
             most = self._collectives.all_reduce_(self._scalar(count), "max")
             self._scaler.sum_factor = float(2.0 ** -int(torch.log2(most.clamp_min(1)).ceil()))
         return self._scaler.sum_factor
-
-    def _total(self, mine: Count) -> float:
-        """Return the count over all ranks, in units of the losses' weight. Collective."""
-        total = float(self._collectives.all_reduce_(self._scalar(mine)))
-        return total if self._scaler is None else total * (self._scaler.sum_factor or 1.0)
 
     def _scalar(self, value: Count) -> Tensor:
         if isinstance(value, Tensor):
             return value.detach().to(self._device, self._count_dtype, copy=True).reshape(())
         return torch.tensor(value, dtype=self._count_dtype, device=self._device)
 
-    def _adapt_scale(self, optimizer: PreparedOptimizer, scaler: LossScaler, *, finite: bool) -> None:
-        """Adapt the loss scale to the gradients of one more step.
-
-        Raises:
-            TrainingError: D0606, if they have not been finite for ten steps.
-        """
-        scaler.update(finite=finite)
-        if scaler.skipped_in_a_row >= _MOST_SKIPPED:
-            raise TrainingError(
-                "D0606",
-                f"the gradients of the last {_MOST_SKIPPED} steps were not finite, although the loss scale has fallen "
-                f"to {scaler.scale:g}; step {optimizer.num_steps + 1} was not taken; the first of them is "
-                f"{self._first_bad(optimizer)}",
-                fix="look for a division by zero or a logarithm of zero there, or use mixed_precision: bf16",
-            )
+    def _never_finite(self, optimizer: PreparedOptimizer, scaler: LossScaler) -> TrainingError:
+        return TrainingError(
+            "D0606",
+            f"the gradients of the last {_MOST_SKIPPED} steps were not finite, although the loss scale has fallen to "
+            f"{scaler.scale:g}; step {optimizer.num_steps + 1} was not taken; the first of them is "
+            f"{self._first_bad(optimizer)}",
+            fix="look for a division by zero or a logarithm of zero there, or use mixed_precision: bf16",
+        )
 
     def _first_bad(self, optimizer: PreparedOptimizer) -> str:
         names = self._names()

@@ -12,6 +12,7 @@ import click
 
 from distrib import __version__
 from distrib.errors import DistribError, LaunchError, did_you_mean
+from distrib_launcher.output import open_closed_streams, say
 
 _COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "launch": ("distrib_launcher.commands.launch:launch", "Run a program on one or more processes."),
@@ -64,7 +65,7 @@ class LazyGroup(click.Group):
 def distrib(context: click.Context) -> None:
     """Distributed training for plain PyTorch loops."""
     if context.invoked_subcommand is None:
-        click.echo(context.get_help(), err=True)
+        say(context.get_help())
         context.exit(LaunchError.exit_code)
 
 
@@ -74,6 +75,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: The words after the command's name; by default the process's own.
     """
+    open_closed_streams()
     sys.exit(run(args, dict(os.environ)))
 
 
@@ -105,5 +107,5 @@ def _parameters(context: click.Context | None) -> list[click.Parameter]:
 
 
 def _print(error: DistribError) -> int:
-    click.echo(str(error), err=True)
+    say(str(error))
     return error.exit_code

@@ -6,6 +6,7 @@ import os
 import re
 import select
 import selectors
+import signal
 import threading
 import unicodedata
 from collections import deque
@@ -13,11 +14,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
+from typing import Final
+
+from distrib.errors import LaunchError
 
 _CHUNK = 1 << 16  # bytes; a pipe's capacity
 _LONGEST = (
     1 << 20
 )  # bytes of a line; a longer one comes in pieces, so that no rank can fill the launcher's memory
+_NAMES: Final = {1: "stdout", 2: "stderr"}
 _BYTES_OF_A_COLUMN = 64  # enough for any character and its color
 _ERASE = b"\r\x1b[K"
 _UP_AND_DOWN = re.compile(rb"(?:\x1b\[A)+\n+")  # how a bar below another one is overwritten
@@ -121,6 +126,8 @@ class Surface:
         opened, self.open_text = self.open_text, b""
         if not opened:
             return text + b"\n"
+        if own and text == opened:
+            return b"\n"
         if own:
             return (_ERASE if self.terminal else b"\r") + text + b"\n"
         if self.terminal:
@@ -132,6 +139,10 @@ class Surface:
         """Return the bytes that put a line of the launcher's own there, over a "^C" that the keyboard has left."""
         echoed = self.terminal and not self.open_text
         return (_ERASE if echoed else b"") + self.line(None, text)
+
+    def is_left(self, refusal: OSError) -> bool:
+        """Whether text was refused because the reader has gone: closed its pipe, or the terminal's window."""
+        return self.terminal or isinstance(refusal, ConnectionError)
 
     def progress(self, source: object, text: bytes) -> bytes:
         """Return the bytes that show an unfinished line in place."""
@@ -170,6 +181,10 @@ class Pump(threading.Thread):
 
     Args:
         sources: The streams; the pump closes their descriptors at their end.
+
+    Attributes:
+        lost: Which of the launcher's streams did not take all text, and why; empty if all was shown, or nobody reads
+            it any more.
     """
 
     def __init__(self, sources: Iterable[Source]) -> None:
@@ -177,6 +192,7 @@ class Pump(threading.Thread):
         self._sources = list(sources)
         self._surfaces = _surfaces({source.target for source in self._sources})
         self._messages: deque[tuple[int, bytes]] = deque()
+        self.lost = ""
         self._wake_read, self._wake_write = os.pipe()
         self.ended_fd, self._ended_write = os.pipe()  # readable (at its end) when all streams have ended
 
@@ -240,7 +256,11 @@ class Pump(threading.Thread):
 
     def _show(self, shown: list[tuple[int, bytes]]) -> None:
         for target, parts in groupby(shown, key=itemgetter(0)):
-            write_all(target, b"".join(data for _, data in parts))
+            refusal = write_all(target, b"".join(data for _, data in parts))
+            if refusal and not (self.lost or self._surfaces[target].is_left(refusal)):
+                self.lost = f"{_NAMES.get(target, target)}: {refusal.strerror}"
+                warning = f"distrib: warning: the ranks' output is lost: {self.lost}; the job goes on"
+                write_all(2, self._surfaces.get(2, Surface(terminal=False)).message(warning.encode()))
 
 
 def _surfaces(targets: set[int]) -> dict[int, Surface]:
@@ -261,13 +281,50 @@ def _columns(terminal: int) -> int:
         return 80
 
 
-def write_all(target: int, data: bytes) -> None:
-    """Write everything, however often it takes; text for a reader that has gone is dropped."""
+def open_closed_streams() -> None:
+    """Put /dev/null where cron or a daemon has closed stdin, stdout or stderr.
+
+    Else the next pipe would get that number, and the ranks would write to it.
+    """
+    for standard in range(3):
+        try:
+            os.fstat(standard)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number that is free
+
+
+def say(text: str) -> None:
+    """Write a line of the launcher's own to stderr. Where that cannot be, the line is lost and nothing else."""
+    write_all(2, f"{text}\n".encode(errors="backslashreplace"))
+
+
+def show(text: str) -> int:
+    """Write what was asked for to stdout; return the exit code, that of SIGPIPE if nobody reads it.
+
+    Raises:
+        LaunchError: if it cannot be written.
+    """
+    refusal = write_all(1, f"{text}\n".encode(errors="backslashreplace"))
+    if refusal is None:
+        return 0
+    if isinstance(refusal, ConnectionError):
+        return 128 + signal.SIGPIPE
+    raise LaunchError(
+        "D0311",
+        f"the output cannot be written: {refusal.strerror}",
+        where="stdout",
+        fix="make room there, or write it elsewhere",
+    )
+
+
+def write_all(target: int, data: bytes) -> OSError | None:
+    """Write everything, however often it takes; return what refused the rest, which is dropped then."""
     rest = memoryview(data)
     while rest:
         try:
             rest = rest[os.write(target, rest) :]
         except BlockingIOError:  # somebody made the terminal non-blocking
             select.select([], [target], [])
-        except OSError:  # the reader closed its end, or the disk is full: the job goes on
-            return
+        except OSError as refusal:  # the reader closed its end, or the disk is full
+            return refusal
+    return None

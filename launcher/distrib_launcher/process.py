@@ -54,7 +54,8 @@ class Outcome:
         returncode: As `subprocess` gives it: the exit code, or minus the signal.
         at: When it failed or ended, on the monotonic clock, in seconds.
         stopped: Whether it ended only after the launcher had begun to stop everybody.
-        event: What the program's end was, as `distrib_launcher.worker` told it; empty if it told nothing.
+        event: What the program's end was, as `distrib_launcher.worker` told it; empty if it told nothing. Of a
+            command, which cannot tell, only the kind.
         crash: The Python stack at a crash in native code; empty if there is none.
     """
 
@@ -76,12 +77,14 @@ class Ended:
         interrupted: The signal that the launcher itself got and passed on; 0 if none.
         leftovers: How many processes of the workers had to be ended after them.
         stop_s: Seconds from the first failure or signal to the end of the last worker.
+        lost: Which stream did not take all of the workers' output, and why; empty if all was shown.
     """
 
     outcomes: tuple[Outcome, ...]
     interrupted: int = 0
     leftovers: int = 0
     stop_s: float = 0.0
+    lost: str = ""
 
 
 class _Worker:
@@ -100,6 +103,7 @@ class _Worker:
             str(os.getpid()),
         ]
         self.rank, self.event, self.ended_at = spec.rank, dict[str, Any](), 0.0
+        self._is_command = spec.kind == "command"
         self._unread, self._crash = b"", list[str]()
         self._sent: set[int] = set()
         with _held_back(worker.HELD_SIGNALS):
@@ -150,7 +154,7 @@ class _Worker:
             returncode=self.process.returncode,
             at=at,
             stopped=stop_at is not None and at >= stop_at and not self._died_of_another_signal(),
-            event=self.event,
+            event={"kind": "command"} if self._is_command else self.event,
             crash="\n".join(self._crash).strip(),
         )
 
@@ -245,7 +249,8 @@ class Supervisor:
         outcomes = tuple(one.outcome(self._stop_at) for one in self._workers)
         for one in self._workers:
             one.release()
-        return Ended(outcomes, self._interrupted, leftovers, stopped_s)
+        lost = self._pump.lost if self._pump is not None else ""
+        return Ended(outcomes, self._interrupted, leftovers, stopped_s, lost)
 
     def _start(self, specs: Sequence[WorkerSpec]) -> None:
         sources = []
@@ -375,7 +380,7 @@ class Supervisor:
 
     def _say(self, line: str) -> None:
         if self._pump is not None:
-            self._pump.say(line, sys.stderr.fileno())
+            self._pump.say(line, 2)
         elif self._notice is not None:
             self._notice(line)
 

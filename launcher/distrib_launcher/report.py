@@ -63,14 +63,15 @@ _CAUSES = {
 def exit_code(ended: Ended) -> int:
     """Return what the launcher exits with: the root cause's code, 128 + signal for signals, 0 if all went well.
 
-    A rank that lost a peer, or waited for it in vain, while nobody has a failure of their own, is a 124.
+    A rank that lost a peer, or waited for it in vain, while nobody has a failure of their own, is a 124. Output that
+    is lost for another reason than that nobody reads it is a failure too, if there is no other.
     """
     root = root_cause(ended.outcomes)
     if root is not None and not root.stopped:
         return _TIMEOUT if _says(root.event, _LOST_PEER) else _status(root)
     if ended.interrupted:
         return 128 + ended.interrupted
-    return _status(root) if root is not None else 0
+    return _status(root) if root is not None else int(bool(ended.lost))
 
 
 def root_cause(outcomes: Iterable[Outcome]) -> Outcome | None:
@@ -91,7 +92,7 @@ def render(ended: Ended, hostname: str, oom_kills: OomKills | None = None) -> st
     if ended.interrupted and (root is None or root.stopped):
         return _interrupted(ended)
     if root is None:
-        return _leftovers(ended)
+        return "\n".join([*_leftovers(ended), *_lost(ended)])
     alike = [each for each in ended.outcomes if each is not root and _same(each, root)]
     others = [each for each in ended.outcomes if each is not root and each not in alike]
     head = [_headline(root, alike, hostname)]
@@ -99,6 +100,7 @@ def render(ended: Ended, hostname: str, oom_kills: OomKills | None = None) -> st
         *_others(others),
         *_not_there(root, others),
         *_hint(root, oom_kills or OomKills()),
+        *([f"  output was lost: {ended.lost}"] if ended.lost else []),
         f"exit code {exit_code(ended)}",
     ]
     room = MAX_LINES - len(head) - len(tail)
@@ -157,7 +159,10 @@ def _what(outcome: Outcome) -> str:
     if outcome.event.get("kind") == "exit":
         lines = outcome.event.get("lines", ())
         return "sys.exit with a message" if _needs_room(lines) else f"sys.exit({_argument(outcome.event)!r})"
-    return f"exit code {_status(outcome)}, without an exception (os._exit, or native code)"
+    without = (
+        "" if outcome.event.get("kind") == "command" else ", without an exception (os._exit, or native code)"
+    )
+    return f"exit code {_status(outcome)}{without}"
 
 
 def _argument(event: Mapping[str, Any]) -> object:
@@ -179,7 +184,7 @@ def _evidence(root: Outcome, room: int) -> list[str]:
     message = _shorten(lines, _MAX_MESSAGE, event["left_out"])
     details = [*_parts(event.get("parts", ())), *_causes(event.get("causes", ()), " ".join(lines))]
     room_for_frames = min(_MAX_FRAMES, (room - len(message) - len(details) - 1) // 2)
-    frames = _frames(event.get("frames", ()), room_for_frames)
+    frames = _frames(_told_frames(event), room_for_frames)
     return [*frames, *(f"  {line}" for line in [*message, *details])][:room]
 
 
@@ -199,6 +204,13 @@ def _place(frames: Sequence[Sequence[object]]) -> str:
     """Where it was raised: the user's innermost frame, or else the innermost."""
     chosen = [frame for frame in frames if _is_users(str(frame[0]))] or frames
     return f" ({chosen[-1][0]}:{chosen[-1][1]})" if chosen else ""
+
+
+def _told_frames(event: Mapping[str, Any]) -> Sequence[Sequence[object]]:
+    """The frames that help: not ours below the script's, for an error of ours says itself what to mend."""
+    frames: Sequence[Sequence[object]] = event.get("frames", ())
+    users = [frame for frame in frames if _is_users(str(frame[0]))]
+    return users if users and "DistribError" in event.get("bases", ()) else frames
 
 
 def _frames(frames: Sequence[Sequence[object]], room: int) -> list[str]:
@@ -242,11 +254,12 @@ def _how(followed: Sequence[Outcome]) -> str:
     killed = sum(1 for each in followed if each.returncode == -signal.SIGKILL)
     asked = len(followed) - lost - killed
     parts = [
-        f"{asked} ended by the launcher" if asked else "",
-        f"{killed} killed by the launcher after the grace time" if killed else "",
-        f"{lost} lost their peer" if lost else "",
+        (asked, "ended by the launcher"),
+        (killed, "killed by the launcher after the grace time"),
+        (lost, "lost its peer" if lost == 1 else "lost their peer"),
     ]
-    return ", ".join(part for part in parts if part)
+    told = [(count, what) for count, what in parts if count]
+    return told[0][1] if len(told) == 1 else ", ".join(f"{count} {what}" for count, what in told)
 
 
 def _not_there(root: Outcome, others: Sequence[Outcome]) -> list[str]:
@@ -279,10 +292,17 @@ def _interrupted(ended: Ended) -> str:
     )
 
 
-def _leftovers(ended: Ended) -> str:
+def _leftovers(ended: Ended) -> list[str]:
     if not ended.leftovers:
-        return ""
-    return f"distrib: ended {ended.leftovers} processes that the ranks had left behind"
+        return []
+    processes = "1 process" if ended.leftovers == 1 else f"{ended.leftovers} processes"
+    return [f"distrib: ended {processes} that the ranks had left behind"]
+
+
+def _lost(ended: Ended) -> list[str]:
+    if not ended.lost:
+        return []
+    return [f"distrib: every rank ended with 0, but output was lost: {ended.lost}", "exit code 1"]
 
 
 def _ranks(outcomes: Sequence[Outcome]) -> str:

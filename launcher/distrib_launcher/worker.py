@@ -15,6 +15,7 @@ import importlib.util
 import io
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -44,6 +45,8 @@ def main() -> None:
     if kind == "command":
         os.set_inheritable(int(life), True)  # an open pipe is what ties the command to the launcher
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
+        for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(ignored_by_python, signal.SIG_DFL)
         os.execvp(target, [target, *args])  # noqa: S606 (the user's own command, no shell)
     sys.argv = [target, *args]
     sys.orig_argv = [sys.executable, *(["-m"] if kind == "module" else []), target, *args]
@@ -155,6 +158,8 @@ class Recorder:
                 run_module(target)
             else:
                 run_script(target)
+            if sys.__stdout__ is not None and not sys.__stdout__.closed:
+                sys.__stdout__.flush()  # an error that comes later, Python only mentions
         except BaseException as error:
             if os.getpid() != self._pid:  # a child that the program forked
                 raise
@@ -169,6 +174,10 @@ class Recorder:
             )
         if isinstance(error, SystemExit):
             return self._exited(error.code, str(traceback.TracebackException.from_exception(error)))
+        if isinstance(error, BrokenPipeError) and silence_unread_streams():
+            return self._say(
+                {"kind": "signal", "signal": int(signal.SIGPIPE), "exit_code": 128 + signal.SIGPIPE}
+            )
         user_traceback = without_own_frames(error.__traceback__)
         code = self._say({"kind": "exception", **describe(error, user_traceback)})
         self._told = True
@@ -186,6 +195,19 @@ class Recorder:
         with os.fdopen(os.dup(self._record), "w", encoding="utf-8") as pipe:
             pipe.write(line)
         return int(event["exit_code"])
+
+
+def silence_unread_streams() -> bool:
+    """If nobody reads our stdout or stderr any more, write to /dev/null instead; return whether that was so."""
+    streams = select.poll()
+    for stream in (1, 2):
+        streams.register(stream, 0)
+    unread = [stream for stream, state in streams.poll(0) if state & (select.POLLERR | select.POLLHUP)]
+    for stream in unread:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream)
+        os.close(nowhere)
+    return bool(unread)
 
 
 def describe(error: BaseException, user_traceback: TracebackType | None) -> dict[str, Any]:

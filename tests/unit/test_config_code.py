@@ -113,3 +113,26 @@ def test_a_default_that_is_set_explicitly_counts_as_set() -> None:
 def test_asking_for_the_source_of_an_unknown_key_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'seed'"):
         RunConfig().source("sede")
+
+
+@pytest.mark.parametrize("value", [10**5000, [10**5000]], ids=["alone", "in a list"])
+def test_an_integer_that_python_does_not_write_out_is_a_wrong_value(value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig(seed=value)
+    assert caught.value.code == "D0106"
+    assert "with more digits than can be shown" in str(caught.value)
+
+
+def test_a_count_that_no_file_could_hold_is_refused() -> None:
+    assert RunConfig(global_batch_size=10**999 - 1).global_batch_size == 10**999 - 1
+    with pytest.raises(ConfigError, match=r"D0106.*at least 1, or null, with fewer than 1000 digits"):
+        RunConfig(global_batch_size=10**999)
+
+
+def test_a_wrong_value_of_several_lines_is_told_in_one() -> None:
+    class Lines:
+        def __repr__(self) -> str:
+            return "Lines(\n  1\n)"
+
+    with pytest.raises(ConfigError, match=r"got Lines\( 1 \); expected"):
+        RunConfig(seed=Lines())

@@ -90,10 +90,17 @@ def test_every_text_survives_a_file(tree: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[]", "null", '{"format":1}', '{"format":2,"file":null,"settings":[]}']
+    "text",
+    [
+        *("", "{}", "[]", "null", '{"format":1}', '{"format":2,"file":null,"settings":[]}'),
+        pytest.param("[" * 100_000, id="nested too deeply"),
+        '{"format":1,"file":null,"settings":[[5,1,"flag","--seed"]]}',
+        '{"format":1,"file":null,"settings":[["seed",1,"flag",5]]}',
+        '{"format":1,"file":5,"settings":[]}',
+    ],
 )
 def test_a_damaged_wire_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="DISTRIB_CONFIG"):
+    with pytest.raises(ConfigError, match=r"D0109.*DISTRIB_CONFIG"):
         from_wire(text)
 
 

@@ -331,3 +331,33 @@ def test_several_unbuilt_settings_are_one_error_of_that_kind(load: Any) -> None:
 
 def test_an_unbuilt_value_that_a_flag_replaces_does_no_harm(load: Any) -> None:
     assert load("mixed_precision: fp16", flags={"mixed_precision": ("no", "-p")}).mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    "number",
+    ["0x" + "f" * 6000, "0o" + "7" * 6000, "9" * 5000, "-" + "9" * 5000],
+    ids=["hex", "octal", "decimal", "negative"],
+)
+@pytest.mark.parametrize("key", ["seed", "global_batch_size"])
+def test_a_number_of_thousands_of_digits_is_a_wrong_value(load: Any, key: str, number: str) -> None:
+    told = message_of(load, f"{key}: {number}")
+
+    assert told.startswith(f"error[D0106] run.yaml:1 ({key}): got '{number[:20]}")
+
+
+def test_a_number_that_is_too_long_is_not_made_one_by_a_tag(load: Any) -> None:
+    assert message_of(load, f"seed: !!int 0x{'f' * 6000}").startswith("error[D0103] run.yaml:1: ")
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 999, "9" * 999], ids=["hex", "decimal"])
+def test_the_longest_number_that_is_read_can_be_refused(load: Any, number: str) -> None:
+    assert "error[D0106] run.yaml:1 (seed)" in message_of(load, f"seed: {number}")
+
+
+@pytest.mark.parametrize("file", ["", "a\0b.yaml", "\ud800.yaml"], ids=["empty", "NUL", "surrogate"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, file: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, env={}, cwd=tmp_path)
+
+    assert str(caught.value).startswith("error[D0102] ")
+    assert str(caught.value).replace("\n", "").isprintable()

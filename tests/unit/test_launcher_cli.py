@@ -18,25 +18,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def shown(capsys: pytest.CaptureFixture[str], *words: str, **env: str) -> str:
+def shown(capfd: pytest.CaptureFixture[str], *words: str, **env: str) -> str:
     code = run(["launch", *words], env)
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert code == 0, err
     return out
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: str, **env: str) -> str:
+def refused(capfd: pytest.CaptureFixture[str], *words: str, **env: str) -> str:
     code = run(["launch", *words, "train.py"], env)
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert (code, out) == (2, "")
     return err
 
 
 def test_a_dry_run_shows_the_command_the_environment_and_each_value_s_source(
-    capsys: pytest.CaptureFixture[str], folder: Path
+    capfd: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     (folder / "distrib.yaml").write_text("seed: 3\n")
-    out = shown(capsys, "-n", "2", "--dry-run", "train.py", "--lr", "1 2", DISTRIB_DATA__TAIL="pad")
+    out = shown(capfd, "-n", "2", "--dry-run", "train.py", "--lr", "1 2", DISTRIB_DATA__TAIL="pad")
 
     assert "command: python train.py --lr '1 2'" in out
     assert out.count("MASTER_PORT='<a free port>'") == 2
@@ -50,8 +50,8 @@ def test_a_dry_run_shows_the_command_the_environment_and_each_value_s_source(
         assert line in out
 
 
-def test_every_rank_gets_the_same_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    out = shown(capsys, "-n", "2", "--seed", "7", "--dry-run", "train.py")
+def test_every_rank_gets_the_same_configuration(capfd: pytest.CaptureFixture[str]) -> None:
+    out = shown(capfd, "-n", "2", "--seed", "7", "--dry-run", "train.py")
     wires = [
         line.partition("DISTRIB_CONFIG=")[2].strip("'")
         for line in out.splitlines()
@@ -63,12 +63,12 @@ def test_every_rank_gets_the_same_configuration(capsys: pytest.CaptureFixture[st
 
 
 def test_a_flag_overrides_the_file_and_the_plan_says_so(
-    capsys: pytest.CaptureFixture[str], folder: Path
+    capfd: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     (folder / "run.yaml").write_text("seed: 3\n")
 
     assert "seed = 4 (--seed) overrides 3 (run.yaml:1)" in shown(
-        capsys, "-c", "run.yaml", "--seed", "4", "--dry-run", "train.py"
+        capfd, "-c", "run.yaml", "--seed", "4", "--dry-run", "train.py"
     )
 
 
@@ -90,8 +90,8 @@ def test_a_flag_overrides_the_file_and_the_plan_says_so(
         (["--gradient-accumulation-steps", "4"], "gradient_accumulation_steps = 4"),
     ],
 )
-def test_a_flag_sets_its_key(capsys: pytest.CaptureFixture[str], words: list[str], setting: str) -> None:
-    assert setting in shown(capsys, *words, "--explain")
+def test_a_flag_sets_its_key(capfd: pytest.CaptureFixture[str], words: list[str], setting: str) -> None:
+    assert setting in shown(capfd, *words, "--explain")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,10 @@ def test_a_flag_sets_its_key(capsys: pytest.CaptureFixture[str], words: list[str
         (["-c", "a.yaml", "--config", "b.yaml"], ["D0308", "--config is given as 'a.yaml' and as 'b.yaml'"]),
         (["-m", "--no-python"], ["D0308", "--module", "--no-python"]),
         (["-n", "2", "--num-processes", "3"], ["D0308", "--nproc-per-node", "--num-processes"]),
+        (["-c", ""], ["D0102", "--config", "is empty"]),
+        (["-n", "2", "--set", "mesh.replicate=3"], ["D0112", "--set mesh.replicate", "the world size is 2"]),
+        (["--seed", "0x" + "f" * 6000], ["D0106", "--seed", "got '0xfff"]),
+        (["-n", "0o" + "7" * 6000], ["D0106", "--nproc-per-node", "got '0o777"]),
         (["--set", "seed"], ["D0309", "seed", "KEY=VALUE"]),
         (["--set", "sed=3"], ["D0105", "--set sed", "seed"]),
         (["--strategy", "single", "-n", "2"], ["D0310", "--strategy", "2"]),
@@ -128,9 +132,9 @@ def test_a_flag_sets_its_key(capsys: pytest.CaptureFixture[str], words: list[str
     ],
 )
 def test_a_wrong_option_is_refused_and_nothing_is_started(
-    capsys: pytest.CaptureFixture[str], words: list[str], parts: list[str]
+    capfd: pytest.CaptureFixture[str], words: list[str], parts: list[str]
 ) -> None:
-    err = refused(capsys, *words)
+    err = refused(capfd, *words)
 
     assert err.startswith("error[")
     assert "fix:" in err
@@ -148,76 +152,87 @@ def test_a_wrong_option_is_refused_and_nothing_is_started(
     ],
 )
 def test_a_missing_program_is_found_before_anything_is_started(
-    capsys: pytest.CaptureFixture[str], words: list[str], parts: list[str]
+    capfd: pytest.CaptureFixture[str], words: list[str], parts: list[str]
 ) -> None:
     code = run(["launch", *words], {"PATH": "/usr/bin:/bin"})
 
-    err = capsys.readouterr().err
+    err = capfd.readouterr().err
     assert code == 2
     assert [part for part in parts if part not in err] == []
 
 
-def test_the_program_s_arguments_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    out = shown(capsys, "--dry-run", "train.py", "-n", "3", "--", "--set", "x", "--help")
+def test_the_program_s_arguments_are_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    out = shown(capfd, "--dry-run", "train.py", "-n", "3", "--", "--set", "x", "--help")
 
     assert "command: python train.py -n 3 -- --set x --help" in out
     assert "processes: 1" in out
 
 
-def test_a_module_s_arguments_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_module_s_arguments_are_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     assert "command: python -m json.tool -m --no-python" in shown(
-        capsys, "-m", "--dry-run", "json.tool", "-m", "--no-python"
+        capfd, "-m", "--dry-run", "json.tool", "-m", "--no-python"
     )
 
 
-def test_a_user_s_thread_count_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "threads: 3 (OMP_NUM_THREADS=3)" in shown(capsys, "--dry-run", "train.py", OMP_NUM_THREADS="3")
+def test_a_user_s_thread_count_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "threads: 3 (OMP_NUM_THREADS=3)" in shown(capfd, "--dry-run", "train.py", OMP_NUM_THREADS="3")
 
 
 def test_a_thread_count_that_is_no_number_exits_with_the_environment_s_code(
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     assert run(["launch", "train.py"], {"OMP_NUM_THREADS": "many"}) == 3
-    assert "D0202" in capsys.readouterr().err
+    assert "D0202" in capfd.readouterr().err
 
 
-def test_an_unknown_command_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_is_named_with_the_nearest(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["lunch"], {}) == 2
-    assert "did you mean 'launch'" in capsys.readouterr().err
+    assert "did you mean 'launch'" in capfd.readouterr().err
 
 
-def test_the_same_value_twice_is_no_contradiction(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_value_twice_is_no_contradiction(capfd: pytest.CaptureFixture[str]) -> None:
     assert flags([("seed", "1", "--seed")], ["seed=1"]) == {"seed": ("1", "--seed")}
-    assert "seed = 1  (--seed)" in shown(capsys, "--seed", "1", "--seed", "1", "--cpu", "--cpu", "--explain")
+    assert "seed = 1  (--seed)" in shown(capfd, "--seed", "1", "--seed", "1", "--cpu", "--cpu", "--explain")
 
 
-def test_a_script_with_quite_another_name_is_not_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_script_with_quite_another_name_is_not_suggested(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["launch", "nope.py"], {}) == 2
-    assert "did you mean" not in capsys.readouterr().err
+    assert "did you mean" not in capfd.readouterr().err
 
 
 def test_a_dry_run_shows_the_values_too_in_whichever_order_it_is_asked_for(
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     orders = [("--dry-run", "--explain"), ("--explain", "--dry-run"), ("--dry-run",)]
-    seen = {shown(capsys, "--seed", "1", *order, "train.py") for order in orders}
+    seen = {shown(capfd, "--seed", "1", *order, "train.py") for order in orders}
 
     assert len(seen) == 1
     assert "seed = 1  (--seed)" in seen.pop()
 
 
-def test_no_command_shows_the_help_and_is_a_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_shows_the_help_and_is_a_wrong_usage(capfd: pytest.CaptureFixture[str]) -> None:
     assert run([], {}) == 2
 
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert (out, err.splitlines()[0]) == ("", "Usage: distrib [OPTIONS] COMMAND [ARGS]...")
     assert "launch" in err
 
 
-def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_the_package_s(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"], {}) == 0
-    assert capsys.readouterr().out == f"distrib {distrib.__version__}\n"
+    assert capfd.readouterr().out == f"distrib {distrib.__version__}\n"
 
 
 def test_no_limit_of_open_files_allows_more_processes_than_any_machine_needs() -> None:
     assert most_processes(10**9) == 4096
+
+
+def test_a_mesh_of_a_file_that_needs_more_processes_is_refused(
+    capfd: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    (folder / "run.yaml").write_text("seed: 0\nmesh: {replicate: 3}\n")
+
+    err = refused(capfd, "-n", "2", "-c", "run.yaml")
+
+    assert err.startswith("error[D0112] run.yaml:2 (mesh.replicate): ")
+    assert "rank" not in shown(capfd, "-n", "3", "-c", "run.yaml", "--explain")

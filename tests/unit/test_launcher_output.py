@@ -185,3 +185,36 @@ def test_a_progress_line_that_is_never_ended_still_ends_the_output_with_a_line_e
 
 def test_progress_of_other_ranks_is_folded_to_its_last_state() -> None:
     assert pumped((b"[rank 0] ", b""), (b"[rank 1] ", b"\r10%\r20%\n")) == b"[rank 1] 20%\n"
+
+
+def test_a_line_that_is_finished_as_it_stands_is_not_written_again() -> None:
+    surface = Surface(terminal=True)
+
+    assert surface.progress("a", b"hello") + surface.line("a", b"hello") == b"hello\n"
+
+
+def pumped_to(target: int) -> str:
+    """Send a line through a pump; return what it says was lost."""
+    read, write = os.pipe()
+    os.write(write, b"a\n")
+    os.close(write)
+    pump = Pump([Source(read, target, b"", shows_progress=False)])
+    pump.run()
+    pump.close()
+    os.close(target)
+    return pump.lost
+
+
+def test_lines_that_a_full_disk_refuses_are_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+
+    assert pumped_to(full) == f"{full}: No space left on device"
+    assert capfd.readouterr().err.count("the ranks' output is lost") == 1
+
+
+def test_lines_that_nobody_reads_any_more_are_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+
+    assert pumped_to(write) == ""
+    assert capfd.readouterr().err == ""

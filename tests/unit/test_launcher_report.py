@@ -53,7 +53,7 @@ def test_the_report_names_rank_place_error_followers_and_code() -> None:
         "  /home/me/train.py:7 in main",
         "      step()",
         "  ValueError: no",
-        "  ranks 0, 2 followed: 2 ended by the launcher",
+        "  ranks 0, 2 followed: ended by the launcher",
         "exit code 1",
     ]
 
@@ -72,7 +72,7 @@ def test_a_rank_that_lost_its_peer_first_is_not_the_root_cause() -> None:
     lines = shown(lost, died(1, 1.1, signal.SIGKILL))
 
     assert lines[0] == "distrib: rank 1 (process 101 on host) failed: ended by SIGKILL"
-    assert "  rank 0 followed: 1 lost their peer" in lines
+    assert "  rank 0 followed: lost its peer" in lines
     assert any("out-of-memory" in line for line in lines)
 
 
@@ -184,3 +184,41 @@ def test_an_interrupt_is_one_line() -> None:
     assert lines == [
         "distrib: interrupted by SIGINT; ranks 0-1 ended within 0.0 s; rank 1 had to be killed; exit code 130"
     ]
+
+
+def test_lost_output_is_a_failure_only_if_there_is_no_other() -> None:
+    lost = "stdout: No space left on device"
+
+    assert exit_code(Ended((fine(0), fine(1)), lost=lost)) == 1
+    assert exit_code(Ended((fine(0), raised(1, 1.0, exit_code=3)), lost=lost)) == 3
+    assert exit_code(Ended((asked(0, 1.0),), signal.SIGTERM, lost=lost)) == 143
+
+
+def test_ranks_that_followed_in_several_ways_are_counted() -> None:
+    lost = raised(2, 1.5, "DistBackendError", bases=["DistBackendError"])
+    lines = shown(asked(0, 2.0), raised(1, 1.0), lost, asked(3, 2.0))
+
+    assert "  ranks 0, 2-3 followed: 2 ended by the launcher, 1 lost its peer" in lines
+
+
+def test_an_error_of_ours_shows_where_the_script_called_and_not_where_we_raised() -> None:
+    frames = [
+        ["/home/me/train.py", 1, "main", ""],
+        ["/v/site-packages/distrib/startup.py", 61, "read_config", "raise ConfigError("],
+    ]
+    ours = raised(0, 1.0, "ConfigError", bases=["ConfigError", "DistribError"], frames=frames, exit_code=2)
+
+    assert [line for line in shown(ours) if ".py" in line] == ["  /home/me/train.py:1 in main"]
+
+
+def test_of_a_command_only_its_exit_code_is_told() -> None:
+    command = Outcome(0, 100, 3, 1.0, event={"kind": "command"})
+
+    assert shown(command) == ["distrib: rank 0 (process 100 on host) failed: exit code 3", "exit code 3"]
+
+
+@pytest.mark.parametrize(("count", "told"), [(1, "1 process"), (2, "2 processes")])
+def test_what_ranks_left_behind_is_counted(count: int, told: str) -> None:
+    text = render(Ended((fine(0),), leftovers=count), "host")
+
+    assert text == f"distrib: ended {told} that the ranks had left behind"

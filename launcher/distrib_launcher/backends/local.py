@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
-import sys
 from collections.abc import Mapping
 
 from distrib_launcher import report
 from distrib_launcher.oom import count_oom_kills
+from distrib_launcher.output import say
 from distrib_launcher.plan import LaunchPlan
 from distrib_launcher.process import Supervisor
 
@@ -27,15 +28,10 @@ def run(plan: LaunchPlan, env: Mapping[str, str]) -> int:
     ended = supervisor.run(plan.workers(env))
     text = report.render(ended, socket.gethostname(), count_oom_kills().since(before))
     if text:
-        _print(text)
+        say(text)
     return report.exit_code(ended)
 
 
 def _notice(line: str) -> None:
     """Show a line below what the only rank has written to the terminal itself, and below a "^C"."""
-    _print(f"\n{line}" if sys.stderr.isatty() else line)
-
-
-def _print(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    say(f"\n{line}" if os.isatty(2) else line)

@@ -12,10 +12,12 @@ import click
 
 from distrib.config import RunConfig, load_config, overridden, to_wire
 from distrib.errors import ConfigError, LaunchError
+from distrib.topology import resolve_mesh
 from distrib.topology.threads import threads_per_rank, usable_cores
 from distrib_launcher.accelerators import processes_for
 from distrib_launcher.backends import BACKENDS
 from distrib_launcher.commands.options import GIVEN, flags, setting_options, twice
+from distrib_launcher.output import say, show
 from distrib_launcher.plan import LaunchPlan, find_program
 from distrib_launcher.rendezvous import HOST, ReservedPort
 
@@ -63,16 +65,21 @@ def launch(
     env: Mapping[str, str] = context.obj
     config = load_config(_file_of(files), env=env, flags=flags(context.meta.get(GIVEN, ()), settings))
     if explain and not dry_run:
-        click.echo("\n".join(config_lines(config)))
-        return 0
+        return show("\n".join(config_lines(config)))
     plan, reason = make_plan(_kind(module=module, no_python=no_python), program, config, env)
     if dry_run:
-        click.echo("\n".join([*plan_lines(plan, reason), *config_lines(config)]))
-        return 0
+        return show("\n".join([*plan_lines(plan, reason), *config_lines(config)]))
     return _start(plan, reason, config, env)
 
 
 def _file_of(files: Sequence[str]) -> str | None:
+    if "" in files:
+        raise ConfigError(
+            "D0102",
+            "the name of the configuration file is empty; expected a YAML or JSON file",
+            where="--config",
+            fix="name a file, or leave the option out; a shell variable that is not set gives an empty name",
+        )
     if len(set(files)) > 1:
         raise twice("--config", files[0], next(file for file in files if file != files[0]))
     return files[0] if files else None
@@ -93,8 +100,7 @@ def _start(plan: LaunchPlan, reason: str, config: RunConfig, env: Mapping[str, s
     backend = BACKENDS.get(config.launch.backend)
     port = ReservedPort(plan.master_port, where=config.source("launch.master_port").where or None)
     try:
-        sys.stdout.flush()
-        click.echo("\n".join(start_up_lines(plan, reason, config, env)), err=True)
+        say("\n".join(start_up_lines(plan, reason, config, env)))
         return backend(replace(plan, master_port=port.port), env)
     finally:
         port.release()
@@ -113,7 +119,7 @@ def make_plan(
 
     Raises:
         LaunchError: if the program is missing.
-        ConfigError: if this machine cannot hold so many processes.
+        ConfigError: if this machine cannot hold so many processes, or the mesh needs another number of them.
         TopologyError: if OMP_NUM_THREADS is no number.
     """
     program = find_program(kind, words, env)
@@ -126,6 +132,8 @@ def make_plan(
             where=config.source("strategy").where,
             fix="leave the strategy out, or start one process",
         )
+    mesh = config.source("mesh.replicate").where
+    resolve_mesh(config.mesh.model_dump(), count, where=f"{mesh} (mesh.replicate)" if mesh else None)
     threads, reason = threads_per_rank(env, usable_cores(), count)
     port = config.launch.master_port
     return LaunchPlan(program, count, threads, HOST, port, to_wire(config), config.launch.grace_s), reason
