@@ -263,7 +263,7 @@ def _resolved(
 def _with_jobs(
     loader: DataLoader[Any], jobs: _Jobs, single: bool, generator: torch.Generator  # noqa: FBT001
 ) -> DataLoader[Any]:  # fmt: skip
-    """Return a loader like the user's, over jobs."""
+    """Return a loader like the user's, over jobs; in order, whatever the user's says, since the order is the run's."""
     return DataLoader(
         Fetch(loader.dataset, loader.collate_fn, single=single),  # type: ignore[arg-type]
         batch_sampler=jobs,  # type: ignore[arg-type]
@@ -277,7 +277,6 @@ def _with_jobs(
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
         pin_memory_device=loader.pin_memory_device,
-        in_order=getattr(loader, "in_order", True),
     )
 
 

@@ -15,12 +15,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.utils.data._utils.worker as torch_worker
 import xxhash
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from distrib.collectives.trees import tensors
+from distrib.collectives.trees import constants, tensors
 from distrib.data.indexed import as_is, worker_init
 from distrib.data.keyed import Generators, seed_generators
 from distrib.data.options import DataOptions, Round
@@ -72,6 +73,12 @@ class Stream:
         self._options, self._user = options, loader
         self.micro_batch = int(loader.batch_size or 1)
         self.is_own = _is_own(loader.dataset, options)
+        if self.is_own and len(ranks) > 1:
+            raise DataError(
+                "D0517",
+                "data.dispatch lets rank 0 read for all ranks, but this data set has been divided over the ranks already",
+                fix="set data.dispatch: false, or give prepare the whole stream",
+            )
         self._talks = options.world_size > 1 and len(ranks) == 1
         self._reader = _Reader(
             loader,
@@ -340,7 +347,22 @@ def _alone() -> Iterator[None]:
 
 
 def _has_state(dataset: Any) -> bool:
-    return hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
+    """Whether the data set can tell where it stands, wholly."""
+    return (
+        hasattr(dataset, "state_dict")
+        and hasattr(dataset, "load_state_dict")
+        and not _shuffles_in_a_buffer(dataset)
+    )
+
+
+def _shuffles_in_a_buffer(dataset: Any) -> bool:
+    """Whether Hugging Face's `shuffle(buffer_size=)` is part of it: its state leaves out the samples in the buffer."""
+    part = getattr(dataset, "_ex_iterable", None)
+    while part is not None:
+        if type(part).__name__ == "BufferShuffledExamplesIterable":
+            return True
+        part = getattr(part, "ex_iterable", None)
+    return getattr(dataset, "_shuffling", None) is not None
 
 
 def _is_own(dataset: Any, options: DataOptions) -> bool:
@@ -351,12 +373,16 @@ def _is_own(dataset: Any, options: DataOptions) -> bool:
 
 
 def _digest(sample: Any) -> int:
-    """Return a hash of a sample's tensors, or of its text where it has none; equal on all ranks for equal samples."""
-    found = tensors(sample)
-    data = b"".join(
-        x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for x in found
-    )
-    return int(xxhash.xxh3_64_intdigest(data or repr(sample).encode()) >> 1)
+    """Return a hash of a sample's tensors, arrays, numbers and texts; other objects cannot be compared."""
+    digest = xxhash.xxh3_64()
+    for x in tensors(sample):
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for value in constants(sample):
+        if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+            digest.update(value.tobytes())
+        elif isinstance(value, (str, bytes, int, float, complex)):
+            digest.update(repr(value).encode())
+    return digest.intdigest() >> 1
 
 
 def _check_equal(everyone: list[list[int]]) -> None:

@@ -51,7 +51,8 @@ class Single(Strategy):
     ) -> bool:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if not check_finite:
-            torch._foreach_mul_(gradients, factor)
+            if gradients:
+                torch._foreach_mul_(gradients, factor)
             return True
         return _scale_and_check(gradients, factor)  # replicas have the same gradients, so the same answer
 

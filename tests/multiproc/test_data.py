@@ -249,3 +249,73 @@ def test_a_stream_with_a_state_is_not_read_again_from_its_beginning(tmp_path):
     assert [x.tolist() for x in again] == [list(range(i, i + 4)) for i in range(24, 40, 4)]
     assert data.read == 16
     assert [x.tolist() for x in again] == [list(range(i, i + 4)) for i in range(0, 40, 4)]
+
+
+class Plain:
+    """No tensor, and a text that holds an address."""
+
+
+class Objects(Flow):
+    def __iter__(self):
+        yield from ({"object": Plain(), "x": x} for x in super().__iter__())
+
+
+@ranks(2)
+def test_objects_that_cannot_be_compared_are_no_difference_between_the_ranks():
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(DataLoader(Objects(8), batch_size=2, collate_fn=list))
+    assert sum(len(batch) for batch in loader) == 4
+
+
+@ranks(2)
+def test_one_reader_for_all_of_a_divided_stream_is_refused():
+    accelerator = Accelerator(RunConfig(device="cpu", data={"dispatch": True}))
+    with pytest.raises(DataError, match="D0517"):
+        accelerator.prepare_data_loader(DataLoader(Flow(8), batch_size=2), is_distributed=True)
+
+
+class Slow(Numbers):
+    def __getitem__(self, i):
+        worker = torch.utils.data.get_worker_info()
+        if worker.id == 0:
+            torch.ones(500, 500) @ torch.ones(500, 500)
+        return torch.tensor(i)
+
+
+@ranks(1)
+def test_a_loader_that_lets_workers_overtake_each_other_still_gives_the_runs_order():
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(DataLoader(Slow(20), batch_size=2, num_workers=2, in_order=False))
+    assert [batch.tolist() for batch in loader] == [[i, i + 1] for i in range(0, 20, 2)]
+
+
+class Buffered(Flow):
+    """Says where it stands, but not what lies in its shuffle buffer, as Hugging Face's streams do."""
+
+    _shuffling = "buffer"
+
+    def state_dict(self):
+        raise AssertionError("a state that is not whole must not be asked for")
+
+    def load_state_dict(self, state):
+        raise AssertionError("a state that is not whole must not be loaded")
+
+
+@ranks(1)
+def test_a_stream_whose_shuffle_buffer_is_not_in_its_state_is_read_again(tmp_path):
+    def loader_of(accelerator):
+        return accelerator.prepare(DataLoader(Buffered(12, shuffled=True), batch_size=2))
+
+    whole = [batch.tolist() for batch in loader_of(Accelerator(cpu=True, seed=1))]
+    accelerator = Accelerator(cpu=True, seed=1)
+    loader = loader_of(accelerator)
+    found = []
+    for batch in loader:
+        found.append(batch.tolist())
+        if len(found) == 3:
+            accelerator.save_state(tmp_path / "saved")
+            break
+    accelerator = Accelerator(cpu=True, seed=1)
+    loader = loader_of(accelerator)
+    accelerator.load_state(tmp_path / "saved")
+    assert [batch.tolist() for batch in loader] == whole[len(found) :]
