@@ -28,6 +28,8 @@ class Single(Strategy):
     def prepare(self, state: TrainState) -> TrainState:
         for model in state.models:
             _refuse_wrapped(model)
+            if self.runtime.precision.loss_scaling == "dynamic":
+                _refuse_half_precision(model)
             self.place(model)
         for optimizer in state.optimizers:
             _move_state(optimizer)
@@ -100,6 +102,16 @@ def _refuse_wrapped(model: nn.Module) -> None:
                 "D0813",
                 f"{name or 'the model'} is in a {type(module).__name__} already, so gradients would be exchanged twice",
                 fix="give prepare the plain model",
+            )
+
+
+def _refuse_half_precision(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype is torch.float16 and parameter.requires_grad:
+            raise StrategyError(
+                "D0814",
+                f"{name} is kept in float16, where gradients under a loss scale overflow and small updates are lost",
+                fix="give prepare a float32 model (model.float()); its matrix products run in float16 all the same",
             )
 
 
