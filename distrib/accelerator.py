@@ -28,10 +28,11 @@ from distrib.data import (
     LiveLoaders,
     PreparedDataLoader,
     Share,
+    agree_on_loader,
     gather_true_rows,
     refuse_after_the_loop,
 )
-from distrib.errors import DataError, NotBuiltError, NotBuiltNameError, StrategyError
+from distrib.errors import ConfigError, DataError, NotBuiltError, NotBuiltNameError, StrategyError
 from distrib.logging import notice
 from distrib.precision import LossScaler, autocast, remove_precision
 from distrib.run_state import RunState, load_run, save_run
@@ -299,9 +300,8 @@ class Accelerator:
         )
 
     def _prepare_loader(self, loader: DataLoader[Any], *, is_distributed: bool | None = None) -> None:
-        own = loader.generator.initial_seed() if loader.generator is not None else None
         index = len(self._run.loaders)
-        seed = self._runtime.collectives.broadcast_object(own)
+        seed = agree_on_loader(loader, index, self._runtime.collectives)
         if seed is None:
             seed = derive(self._run_seed(), "loader", index) if index else self._run_seed()
         options = DataOptions(
@@ -325,8 +325,17 @@ class Accelerator:
     def _run_seed(self) -> int:
         """The seed of all streams: `seed=`, else the last `set_seed`, else what torch drew; rank 0's. Collective."""
         if self._seed is None:
-            mine = self._config.seed if self._config.seed is not None else torch.initial_seed()
-            self._seed = int(self._runtime.collectives.broadcast_object(mine))
+            asked_for = self._config.seed
+            drawn = torch.initial_seed() if asked_for is None else asked_for
+            everyone = self._runtime.collectives.gather_object((asked_for, drawn))
+            for rank, (other, _) in enumerate(everyone):
+                if other != everyone[0][0]:
+                    raise ConfigError(
+                        "D0123",
+                        f"rank 0 has seed {everyone[0][0]}, rank {rank} has seed {other}; expected one for all ranks",
+                        fix="give all ranks the same seed; what must differ by rank, such as dropout, does so by itself",
+                    )
+            self._seed = int(everyone[0][1])
         return self._seed
 
     # The step

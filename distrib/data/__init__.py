@@ -1,5 +1,6 @@
 """Which samples are mine, in which order, and where did I stop?"""
 
+from distrib.data.agreement import agree_on_loader
 from distrib.data.live import LiveLoaders
 from distrib.data.loader import PreparedDataLoader
 from distrib.data.metrics import gather_true_rows, refuse_after_the_loop
@@ -11,6 +12,7 @@ __all__ = [
     "LiveLoaders",
     "PreparedDataLoader",
     "Share",
+    "agree_on_loader",
     "gather_true_rows",
     "refuse_after_the_loop",
 ]

@@ -17,6 +17,7 @@ from distrib.data.keyed import Fetch, Generators
 from distrib.data.options import DataOptions, Round
 from distrib.data.order import Order, Permutation, Sequential
 from distrib.data.sharding import Layout, MicroStep, Share, share_of
+from distrib.data.workers import naming_dead_workers
 from distrib.errors import DataError
 from distrib.seeding import derive
 
@@ -71,8 +72,10 @@ class Indexed:
         self._stubs.clear()
         # torch's loader would draw from the global generator here, and dropout would shift after a resume.
         self._generator.manual_seed(derive(seed, "workers", epoch, self._options.rank))
-        for batches in self._loader:
-            yield Round(*self._stubs.popleft(), batches)
+        iterator = iter(self._loader)
+        with naming_dead_workers(iterator):
+            for batches in iterator:
+                yield Round(*self._stubs.popleft(), batches)
 
     def _jobs(self) -> Iterator[Job]:
         key = derive(self._seed, "augmentation", self._epoch)

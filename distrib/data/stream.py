@@ -26,6 +26,7 @@ from distrib.data.indexed import as_is, worker_init
 from distrib.data.keyed import Generators, seed_generators
 from distrib.data.options import DataOptions, Round
 from distrib.data.sharding import Layout, MicroStep, Share, share_of
+from distrib.data.workers import naming_dead_workers
 from distrib.errors import ConfigError, DataError
 from distrib.seeding import derive
 
@@ -117,7 +118,8 @@ class Stream:
         options = self._options
         layout = Layout(0, global_batch_size, self.micro_batch, options.world_size, options.tail)
         self._begin(epoch, seed, start, layout, state)
-        blocks, read_so_far = iter(self._loader), 0
+        read_so_far = 0
+        blocks = _blocks_of(self._loader)
         found = self._next(blocks, is_first=True)
         for step in _planned(layout, start):
             size = sum(found.sizes)
@@ -328,6 +330,12 @@ class _Reader(IterableDataset[Any]):
 
     def _state_at(self, position: int) -> Any:
         return (position, self.dataset.state_dict()) if _has_state(self.dataset) else None
+
+
+def _blocks_of(loader: DataLoader[Any]) -> Iterator[_Block]:
+    iterator = iter(loader)
+    with naming_dead_workers(iterator):
+        yield from iterator
 
 
 def _planned(layout: Layout, start: int) -> Iterator[MicroStep]:

@@ -1,0 +1,45 @@
+"""What is said when a data worker's process ends before its work is done."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from typing import Any
+
+from distrib.errors import DataError
+
+
+@contextmanager
+def naming_dead_workers(iterator: Any) -> Iterator[None]:
+    """Turn what torch raises when a worker has been killed, which may be an EOFError, into our error.
+
+    Args:
+        iterator: A DataLoader's iterator.
+
+    Raises:
+        DataError: D0519, naming the worker's process id and signal.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        workers = getattr(iterator, "_workers", ())
+        wait([x.sentinel for x in workers], timeout=1)  # a pipe may break before the process has been reaped
+        dead = [(x.pid, x.exitcode) for x in workers if (x.exitcode or 0) < 0]
+        if not dead:
+            raise
+        told = ", ".join(f"{pid} by {_name(code)}" for pid, code in dead)
+        raise DataError(
+            "D0519",
+            f"the data worker with process id {told} was ended from outside, and its batches are lost",
+            fix="if it was SIGKILL, the machine had probably run out of memory: use fewer workers or smaller batches; "
+            "if SIGBUS, enlarge /dev/shm",
+        ) from error
+
+
+def _name(exit_code: int) -> str:
+    try:
+        return signal.Signals(-exit_code).name
+    except ValueError:
+        return f"signal {-exit_code}"
