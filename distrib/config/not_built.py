@@ -27,11 +27,20 @@ class EachOf(tuple[object, ...]):
         return not self.planned & set(value if isinstance(value, tuple) else (value,))
 
 
+class OrMapping(tuple[object, ...]):
+    """The built values of a key that also takes a mapping, which is built."""
+
+    __slots__ = ()
+
+    def __contains__(self, value: object) -> bool:
+        return super().__contains__(value) or not isinstance(value, str)
+
+
 # Keys of which only these values can be set; a row goes when all that the schema allows is built.
 BUILT_VALUES: Final[dict[str, tuple[object, ...]]] = {
     "strategy": ("auto", "single", "ddp"),
     "device": ("auto", "cpu", "cuda", "mps", "xpu"),
-    "mixed_precision": ("no", "fp16", "bf16"),
+    "mixed_precision": OrMapping(("no", "fp16", "bf16")),
     "tracking.log_with": EachOf(("jsonl", "tensorboard")),
     "launch.backend": ("local",),
     "launch.nnodes": (1,),

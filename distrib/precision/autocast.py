@@ -15,6 +15,7 @@ from distrib.collectives.trees import map_tensors
 from distrib.precision.policy import PrecisionPolicy
 
 _MARK = "_distrib_plain_forward"
+_CONVERTED = (torch.float32, torch.bfloat16, torch.float16)  # whoever keeps float64 wants its digits
 
 
 def autocast(policy: PrecisionPolicy, device: torch.device) -> AbstractContextManager[Any]:
@@ -25,10 +26,13 @@ def autocast(policy: PrecisionPolicy, device: torch.device) -> AbstractContextMa
 
 
 def apply_precision(model: nn.Module, policy: PrecisionPolicy, device: torch.device) -> nn.Module:
-    """Let this instance's `forward` run under the policy; without a compute dtype the model stays untouched.
+    """Let this instance's `forward` run under the policy; without a compute dtype it stays untouched.
 
     The class is not changed, and the instance can still be copied: the new forward is a method bound to it.
+    Parameters are converted in place where the policy says in what they are kept.
     """
+    if policy.param is not None:
+        _keep_in(policy.param, model)
     if policy.compute is None or _MARK in vars(model.forward):
         return model
     plain = vars(model).get("forward")
@@ -36,6 +40,12 @@ def apply_precision(model: nn.Module, policy: PrecisionPolicy, device: torch.dev
         _under(policy, device, plain or type(model).forward, bound=plain is not None), model
     )
     return model
+
+
+def _keep_in(dtype: torch.dtype, model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.dtype in _CONVERTED and parameter.dtype is not dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 def remove_precision(model: nn.Module) -> nn.Module:

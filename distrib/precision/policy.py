@@ -7,11 +7,13 @@ from typing import Literal
 
 import torch
 
+from distrib.config.schema import PrecisionSection
 from distrib.devices.base import DeviceBackend
-from distrib.errors import NotBuiltError, StrategyError
+from distrib.errors import ConfigError, NotBuiltError, StrategyError
 
 LossScaling = Literal["none", "dynamic"]
 _COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, **_COMPUTE}
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,8 @@ class PrecisionPolicy:
     """Which number format is used where.
 
     Attributes:
-        name: The setting it came from: "no", "bf16", "fp16".
-        param: dtype in which parameters and optimizer state are kept; None leaves them as they are.
+        name: The setting it came from, or what is computed in: "no", "bf16", "fp16".
+        param: dtype in which parameters and optimizer state are kept; None leaves them as they are. Float64 stays.
         compute: dtype of matrix products under autocast; None for no autocast.
         reduce: dtype in which gradients are reduced; None for that of the gradient.
         output: dtype to which floating-point model outputs are converted; None leaves them.
@@ -35,22 +37,55 @@ class PrecisionPolicy:
     loss_scaling: LossScaling = "none"
 
 
-def resolve_precision(name: object, device: DeviceBackend, *, where: str | None = None) -> PrecisionPolicy:
+def resolve_precision(setting: object, device: DeviceBackend, *, where: str | None = None) -> PrecisionPolicy:
     """Turn the setting `mixed_precision` into a policy that the device supports.
 
     Raises:
         NotBuiltError: for fp8, which this version does not have.
         StrategyError: if the device cannot compute in that format.
+        ConfigError: D0124, for a mapping whose formats do not fit together.
     """
-    if name == "no":
+    if setting == "no":
         return PrecisionPolicy()
-    if name not in _COMPUTE:
-        raise NotBuiltError(f"mixed_precision {name!r}", where=where, fix="use bf16, fp16 or no")
-    compute = _COMPUTE[str(name)]
-    fits, reason = device.supports(compute)
-    if not fits:
-        raise StrategyError(
-            "D0801", f"{device.name} does not support {name}: {reason}", where=where, fix="use no"
+    if isinstance(setting, PrecisionSection):
+        policy = _spelled_out(setting, where)
+    elif setting in _COMPUTE:
+        scaling: LossScaling = "dynamic" if setting == "fp16" else "none"
+        compute = _COMPUTE[str(setting)]
+        policy = PrecisionPolicy(str(setting), compute=compute, output=torch.float32, loss_scaling=scaling)
+    else:
+        raise NotBuiltError(f"mixed_precision {setting!r}", where=where, fix="use bf16, fp16 or no")
+    for dtype in {policy.compute, policy.param} - {None, torch.float32}:
+        assert dtype is not None, "taken out above"
+        fits, reason = device.supports(dtype)
+        if not fits:
+            problem = f"{device.name} does not support {str(dtype).removeprefix('torch.')}: {reason}"
+            raise StrategyError("D0801", problem, where=where, fix="use no")
+    return policy
+
+
+def _spelled_out(section: PrecisionSection, where: str | None) -> PrecisionPolicy:
+    """Return the policy of a mapping, in which every role has its own format."""
+    if section.param not in ("fp32", section.compute):
+        raise ConfigError(
+            "D0124",
+            f"param is {section.param} and compute is {section.compute}; expected parameters in fp32, or in the "
+            "format that is computed in",
+            where=where,
+            fix=f"set param: fp32 or param: {section.compute}",
         )
-    scaling: LossScaling = "dynamic" if compute is torch.float16 else "none"
-    return PrecisionPolicy(str(name), compute=compute, output=torch.float32, loss_scaling=scaling)
+    if section.loss_scaling == "dynamic" and section.compute != "fp16":
+        raise ConfigError(
+            "D0124",
+            f"loss_scaling is dynamic and compute is {section.compute}, whose range is that of fp32",
+            where=where,
+            fix="set loss_scaling: none, or compute: fp16",
+        )
+    return PrecisionPolicy(
+        "no" if section.compute == "fp32" else section.compute,
+        param=_DTYPES[section.param],
+        compute=_COMPUTE.get(section.compute),
+        reduce=_DTYPES[section.reduce],
+        output=_DTYPES[section.output],
+        loss_scaling=section.loss_scaling,
+    )

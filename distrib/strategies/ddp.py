@@ -51,6 +51,8 @@ class DDP(Single):
         self._looks = options.get("find_unused_parameters", "auto")
         self._static = options.get("static_graph") is True
         self._hook = str(options.get("comm_hook", "none"))
+        if self._hook == "none" and runtime.precision.reduce is not None:
+            self._hook = next(name for name, x in ddp_hooks.FORMATS.items() if x is runtime.precision.reduce)
         self._sync_batchnorm = options.get("sync_batchnorm") is True
         self._alone = runtime.collectives.world_size == 1
         self._wrapped: list[weakref.ref[DistributedDataParallel]] = []
@@ -231,7 +233,7 @@ class DDP(Single):
                 f"ddp.comm_hook powersgd cannot compress the sparse gradients of {_listed(sparse)}",
                 fix="make these embeddings with sparse=False, or take fp16 or bf16, which leave them as they are",
             )
-        if names := ddp_hooks.left_alone(model.module, self._hook):
+        if (names := ddp_hooks.left_alone(model.module, self._hook)) and self._hook != "fp32":
             self._say_once(
                 f"ddp.comm_hook {self._hook}: only dense float32 gradients are compressed, not those of {_listed(names)}"
             )

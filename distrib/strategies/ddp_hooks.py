@@ -8,7 +8,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-FORMATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+FORMATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 POWERSGD_RANK = 1  # torch's own default, as is the next
 POWERSGD_START = 1000  # steps that are averaged in full before the first compressed one
 _PLAIN_STEPS = 2  # DDP rebuilds its buckets after the first step, and the state is kept per bucket
@@ -82,7 +82,9 @@ def register_hook(model: DistributedDataParallel, name: str) -> PowerSGDState | 
 
 
 def is_compressed(dtype: torch.dtype, wire: torch.dtype) -> bool:
-    """Whether gradients of `dtype` travel in the format `wire`."""
+    """Whether gradients of `dtype` travel in the format `wire`: narrower for float32, wider for what is narrower."""
+    if wire is torch.float32:
+        return dtype in (torch.bfloat16, torch.float16)
     return dtype is torch.float32 and wire.itemsize < dtype.itemsize
 
 

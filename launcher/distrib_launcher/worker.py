@@ -163,7 +163,9 @@ class Recorder:
         except BaseException as error:
             if os.getpid() != self._pid:  # a child that the program forked
                 raise
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises, which would hide this error
+            signal.signal(
+                signal.SIGCHLD, signal.SIG_DFL
+            )  # torch's handler raises, which would hide this error
             sys.exit(self._ended(error))
 
     def _ended(self, error: BaseException) -> int:

@@ -303,7 +303,6 @@ def test_a_flag_may_leave_the_options_of_the_files_strategy_idle(load: Any) -> N
     [
         ("strategy: fsdp", "auto, single, ddp"),
         ("mixed_precision: fp8", "no, fp16, bf16"),
-        ("mixed_precision: {compute: bf16}", "no, fp16, bf16"),
         ("device: xla", "auto, cpu, cuda, mps, xpu"),
         ("launch: {backend: slurm}", "local"),
         ("launch: {nnodes: 2}", "1"),
