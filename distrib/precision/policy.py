@@ -59,7 +59,8 @@ def resolve_precision(setting: object, device: DeviceBackend, *, where: str | No
         assert dtype is not None, "taken out above"
         fits, reason = device.supports(dtype)
         if not fits:
-            problem = f"{device.name} does not support {str(dtype).removeprefix('torch.')}: {reason}"
+            name = next(name for name, x in _COMPUTE.items() if x is dtype)
+            problem = f"{device.name} does not support {name}: {reason}"
             raise StrategyError("D0801", problem, where=where, fix="use no")
     return policy
 
