@@ -428,6 +428,8 @@ class Accelerator:
     @property
     def sync_gradients(self) -> bool:
         """Whether the current micro-step ends its window, so that a step is real."""
+        if self._accumulation.scope is None:
+            self._accumulation.bind_loader()
         return self._accumulation.closes
 
     @property

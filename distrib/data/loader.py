@@ -36,6 +36,8 @@ class PreparedDataLoader:
         share: This rank's part of it.
         weight_of_mean: Weight of this rank's mean loss in it.
         correction: Factor on the window's gradients when it closes; not 1 if a stream ended early.
+        taken_up: The micro-step that the training loop took up last, and
+        numbers: those that it gave to this micro-step and to its window.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class PreparedDataLoader:
         self._stream_ahead: Any = None
         self._restored = self._skipped = self._was_stepped = False
         self.micro_step: MicroStep | None = None
+        self.taken_up: MicroStep | None = None
+        self.numbers = 0, 0
         self.share: Share | None = None
         self.weight_of_mean, self.correction, self.has_samples = 1.0, 1.0, True
         everyone = range(options.world_size) if options.dispatch else (options.rank,)

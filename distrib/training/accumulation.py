@@ -98,8 +98,10 @@ class Accumulation:
         self.micro_step: MicroStep | None = None
         self.scope: MicroStepScope | None = None
         self.entered_for: MicroStep | None = None  # the micro-step that `accumulate` was last entered for
-        self._serial = 0  # counts windows
-        self._number = 0  # counts micro-steps
+        self._windows = 0  # counts them
+        self._serial = 0  # number of the open one
+        self._micro_steps = 0  # counts them
+        self._number = 0  # of the current one
         self._is_alone = steps == 1  # whether the current micro-step is the only one of its window
         self._mean_weight, self._correction = 1 / steps, 1.0
         self._sum_weight = self._collectives.world_size
@@ -216,10 +218,10 @@ class Accumulation:
     def count(self, scope: MicroStepScope) -> None:
         """Count a micro-step of the models of `scope`, where no loader is read."""
         if scope.counted == 0:
-            self._serial += 1
-            scope.serial = self._serial
+            self._windows += 1
+            scope.serial = self._windows
         scope.counted += 1
-        self._number += 1
+        self._number = self._micro_steps = self._micro_steps + 1
         self.closes = scope.counted >= self._steps
         if self.closes:
             scope.counted = 0
@@ -234,13 +236,16 @@ class Accumulation:
         if step is None or loader is None:  # the loop over a loader has ended
             self.closes, self._mean_weight, self._correction = True, 1 / self._steps, 1.0
             self._sum_weight = self._collectives.world_size
-            self._serial += 1
+            self._serial = self._windows = self._windows + 1
             self._is_alone = self._steps == 1
             return False
         self.closes, self._is_alone = step.closes, step.closes and step.opens
-        self._number += 1
-        if step.opens:
-            self._serial += 1
+        if loader.taken_up is not step:  # else an evaluation loop has ended, and this micro-step goes on
+            loader.taken_up = step
+            self._micro_steps += 1
+            self._windows += step.opens
+            loader.numbers = self._micro_steps, self._windows if step.opens else loader.numbers[1]
+        self._number, self._serial = loader.numbers
         self._mean_weight, self._correction = loader.weight_of_mean, loader.correction
         self.divides = self.divides or self._correction != 1
         self._sum_weight = self._collectives.world_size if loader.has_samples else 0

@@ -636,3 +636,27 @@ def test_a_scheduler_whose_optimizer_was_not_prepared_is_refused():
     scheduler = accelerator_of().prepare(StepLR(make_optimizer(make_model()), 1))
     with pytest.raises(TrainingError, match=r"D0604.*StepLR"):
         scheduler.step()
+
+
+@pytest.mark.parametrize("at", range(STEPS))
+def test_an_evaluation_between_micro_steps_does_not_touch_the_open_window(at: int):
+    def train(evaluates: bool) -> list[float]:
+        accelerator = accelerator_of()
+        model = make_model()
+        loader, held_out = loader_of(), loader_of(5)
+        model, optimizer, loader, held_out = accelerator.prepare(
+            model, make_optimizer(model), loader, held_out
+        )
+        for number, (x, y, _) in enumerate(loader):
+            with accelerator.accumulate(model):
+                accelerator.backward(losses(model, x, y).mean())
+                optimizer.step()
+                optimizer.zero_grad()
+            if evaluates and number % STEPS == at:
+                with torch.no_grad():
+                    ends = [accelerator.sync_gradients for x, *_ in held_out if model(x) is not None]
+                assert ends[-1]
+                assert accelerator.sync_gradients == (loader.micro_step.closes)
+        return [x for parameter in model.parameters() for x in parameter.flatten().tolist()]
+
+    assert train(True) == train(False)
