@@ -25,7 +25,10 @@ def naming_dead_workers(iterator: Any) -> Iterator[None]:
         yield
     except (RuntimeError, OSError, EOFError) as error:
         workers = getattr(iterator, "_workers", ())
-        wait([x.sentinel for x in workers], timeout=1)  # a pipe may break before the process has been reaped
+        ended = wait([x.sentinel for x in workers], timeout=1)
+        for worker in workers:
+            if worker.sentinel in ended:  # it has closed its pipes; its exit code comes a moment later
+                worker.join(timeout=1)
         dead = [(x.pid, x.exitcode) for x in workers if (x.exitcode or 0) < 0]
         if not dead:
             raise
