@@ -6,7 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ _INDEX_BLOCK = 2048  # samples whose indices are computed at once: numpy's cost 
 
 Stub = tuple[MicroStep, tuple[Share, ...], tuple[float, ...]]  # a Round without its batches
 Job = tuple[int, list[list[Any]]]
+_new = tuple.__new__  # makes a named tuple without the Python call of its own constructor
 
 
 class Indexed:
@@ -75,36 +76,66 @@ class Indexed:
         iterator = iter(self._loader)
         with naming_dead_workers(iterator):
             for batches in iterator:
-                yield Round(*self._stubs.popleft(), batches)
+                step, shares, weights = self._stubs.popleft()
+                yield _new(Round, (step, shares, weights, batches, 1.0, None, False))
 
     def _jobs(self) -> Iterator[Job]:
+        """Yield what is to be fetched, and note beside it which micro-step that is."""
         key = derive(self._seed, "augmentation", self._epoch)
-        stubs = self._stubs
-        for stub, shares in self._arithmetic() if self._sampler is None else self._drawn(self._sampler):
-            stubs.append(stub)
+        if self._sampler is None:
+            return self._arithmetic(key)
+        return self._noted(key, self._drawn(self._sampler))
+
+    def _noted(self, key: int, found: Iterator[tuple[Stub, list[list[Any]]]]) -> Iterator[Job]:
+        for stub, shares in found:
+            self._stubs.append(stub)
             yield key, shares
 
-    def _arithmetic(self) -> Iterator[tuple[Stub, list[list[Any]]]]:
-        """Cut the epoch by arithmetic; only what is asked for is computed."""
-        world_size, ranks = self._options.world_size, self._ranks
+    def _arithmetic(self, key: int) -> Iterator[Job]:
+        """Cut the epoch by arithmetic; only what is asked for is computed, and full windows are cut once."""
         layout = self.layout(self._size)
         assert layout is not None, "a map-style data set has a length"
         order: Order = Sequential()
         if self._shuffled:
             order = Permutation(layout.samples, derive(self._seed, "order", self._epoch))
-        block: list[tuple[Stub, list[np.ndarray[Any, np.dtype[np.int64]]]]] = []
-        rows = 0
-        for step in layout.micro_steps(self._start):
-            shares = tuple([share_of(step, rank, world_size) for rank in ranks])
-            block.append(
-                ((step, shares, _weights(step, shares, world_size)), [_positions(x, step) for x in shares])
-            )
-            rows += sum([share.rows for share in shares])
-            if rows >= _INDEX_BLOCK:
-                yield from _resolved(order, block)
-                block, rows = [], 0
-        if block:
-            yield from _resolved(order, block)
+        for cut, starts in self._blocks(layout):
+            positions = (starts[:, None] + cut.positions).reshape(-1)
+            windows = order(positions).reshape(len(starts), -1).tolist()
+            for at, picked in zip(starts.tolist(), windows, strict=True):
+                for (begin, n, window_size, stop, *rest), shares, weights, ends in cut.steps:
+                    step = _new(MicroStep, (at + begin, n, window_size, at + stop, *rest))
+                    moved, samples = [], []
+                    for (start, true, rows), (first, end) in zip(shares, ends, strict=True):
+                        moved.append(_new(Share, (at + start, true, rows)))
+                        samples.append(picked[first:end])
+                    self._stubs.append((step, tuple(moved), weights))
+                    yield key, samples
+
+    def _blocks(self, layout: Layout) -> Iterator[tuple[_Cut, np.ndarray[Any, np.dtype[np.int64]]]]:
+        """Yield windows of one kind and where they begin, as many as are worth computing at once."""
+        size, at = self._size, self._start
+        num_full, left = divmod(max(layout.samples - at, 0), size)
+        if num_full:
+            full = self._cut(layout, size)
+            at_once = max(_INDEX_BLOCK // len(full.positions), 1)
+            for first in range(0, num_full, at_once):
+                yield full, at + size * np.arange(first, min(first + at_once, num_full), dtype=np.int64)
+        if left and layout.tail != "drop":
+            yield self._cut(layout, left), np.array([at + size * num_full])
+
+    def _cut(self, layout: Layout, size: int) -> _Cut:
+        """Cut a window of `size` units that begins at position 0."""
+        world_size = self._options.world_size
+        steps, parts, at = [], [np.empty(0, dtype=np.int64)], 0
+        for step in layout.window(0, size):
+            shares = tuple([share_of(step, rank, world_size) for rank in self._ranks])
+            ends = []
+            for share in shares:
+                parts.append(_positions(share, step))
+                ends.append((at, at + len(parts[-1])))
+                at += len(parts[-1])
+            steps.append((step, shares, _weights(step, shares, world_size), ends))
+        return _Cut(steps, np.concatenate(parts))
 
     def _drawn(self, sampler: Any) -> Iterator[tuple[Stub, list[list[Any]]]]:
         """Cut what the user's sampler, or batch sampler, draws; a window is known when it has been drawn."""
@@ -181,6 +212,19 @@ class Indexed:
         return Share(step.start, 0, 1), list(units[step.start - start])[:1]
 
 
+class _Cut(NamedTuple):
+    """A window that begins at position 0.
+
+    Attributes:
+        steps: Its micro-steps, with the shares and weights of the ranks that are read for, and where each share lies
+            in `positions`.
+        positions: (n,) int64, those of all these shares, one after the other.
+    """
+
+    steps: list[tuple[MicroStep, tuple[Share, ...], tuple[float, ...], list[tuple[int, int]]]]
+    positions: np.ndarray[Any, np.dtype[np.int64]]
+
+
 class _Jobs:
     """The batch sampler of the underlying loader: asks the source anew at every `iter`."""
 
@@ -248,19 +292,6 @@ def _positions(share: Share, step: MicroStep) -> np.ndarray[Any, np.dtype[np.int
         return np.arange(share.start, share.start + share.rows, dtype=np.int64)
     fill = step.start + np.arange(share.rows - share.size, dtype=np.int64) % step.size
     return np.concatenate([np.arange(share.start, share.start + share.size, dtype=np.int64), fill])
-
-
-def _resolved(
-    order: Order, block: list[tuple[Stub, list[np.ndarray[Any, np.dtype[np.int64]]]]]
-) -> Iterator[tuple[Stub, list[list[Any]]]]:
-    samples = order(np.concatenate([part for _, parts in block for part in parts])).tolist()
-    at = 0
-    for stub, parts in block:
-        shares = []
-        for part in parts:
-            shares.append(samples[at : at + len(part)])
-            at += len(part)
-        yield stub, shares
 
 
 def _with_jobs(

@@ -101,7 +101,7 @@ class Fetch:
         key, shares = job
         if not self._draws:
             before = fingerprint()
-            batches = [self._batch(share) for share in shares]
+            batches = list(map(self._batch, shares))
             if fingerprint() == before:
                 return batches
             self._draws = self._proven = True  # only now: make this batch again, as if it had been known

@@ -112,7 +112,8 @@ class PreparedDataLoader:
                 if found.step.closes:
                     self._settles_at = _AT_END if found.last else found.step.window_stop
                     self._stream_ahead = found.state
-                self._live.yielded(self)
+                if self._live.current is not self:
+                    self._live.yielded(self)
                 yield found.batches[0]
             self._go_to(self.epoch + 1, 0)
         finally:
