@@ -128,7 +128,8 @@ class ProcessGroupCollectives(Collectives):
         )
 
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
-        self._with_peers("all_reduce", dist.all_reduce, tensor, _OPS[op], self._group_of(tensor))
+        group = self._cpu_group if tensor.is_cpu else None
+        self._with_peers("all_reduce", dist.all_reduce, tensor, _OPS[op], group)
         return tensor.div_(self.world_size) if op == "mean" else tensor
 
     def reduce(self, tree: Tree, op: ReduceOp = "sum") -> Tree:
@@ -327,15 +328,14 @@ class ProcessGroupCollectives(Collectives):
             buffer = pack(leaves, device)
         else:
             buffer = torch.empty(num_bytes(leaves), dtype=torch.uint8, device=device)
-        self._with_peers("broadcast", dist.broadcast, buffer, source, self._group_of(buffer))
+        self._with_peers(
+            "broadcast", dist.broadcast, buffer, source, self._cpu_group if buffer.is_cpu else None
+        )
         return buffer
 
     def _home(self, heard: Heard) -> torch.device:
         """Return where data are packed, the same kind of place on all ranks."""
         return self.device if any(heard.flags) else _CPU
-
-    def _group_of(self, tensor: torch.Tensor) -> dist.ProcessGroup | None:
-        return self._cpu_group if tensor.is_cpu else None
 
 
 def _group_for_cpu() -> dist.ProcessGroup | None:

@@ -59,9 +59,7 @@ class DDP(Single):
         self._first_steps: weakref.WeakKeyDictionary[nn.Module, FirstStep] = weakref.WeakKeyDictionary()
         self._power_sgd: weakref.WeakKeyDictionary[nn.Module, PowerSGDState] = weakref.WeakKeyDictionary()
         self._averaged = WeakIdKeyDictionary()
-        self._not_averaged_of: weakref.WeakKeyDictionary[Optimizer, tuple[int, list[nn.Parameter]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._not_averaged_of: dict[int, tuple[int, list[nn.Parameter]]] = {}  # by id of the optimizer
         self._guards: list[Any] = []  # handles of forward hooks that are there until the first step
         self._said: set[str] = set()
         self._has_warned = False
@@ -78,6 +76,7 @@ class DDP(Single):
             for model in filter(_is_trained, state.models):
                 self._see_to_batchnorm(model)
         state = super().prepare(state)
+        self._not_averaged_of.clear()  # a model that comes now may have what was in none before
         return replace(state, models=tuple(map(self._wrap, state.models)))
 
     def prepare_for_evaluation(self, model: nn.Module) -> nn.Module:
@@ -129,7 +128,7 @@ class DDP(Single):
                     raise self._not_averaged(model, str(error)) from error
         while self._guards:
             self._guards.pop().remove()
-        num_groups, outside = self._not_averaged_of.get(optimizer, (0, []))
+        num_groups, outside = self._not_averaged_of.get(id(optimizer), (0, []))
         if num_groups != len(optimizer.param_groups) and not self._alone:
             outside = self._outside_of_models(optimizer)
         if outside:
@@ -208,7 +207,7 @@ class DDP(Single):
     def _outside_of_models(self, optimizer: Optimizer) -> list[nn.Parameter]:
         """Return the optimizer's parameters whose gradients nothing averages; found anew when it gets a group."""
         outside = [x for group in optimizer.param_groups for x in group["params"] if x not in self._averaged]
-        self._not_averaged_of[optimizer] = len(optimizer.param_groups), outside
+        self._not_averaged_of[id(optimizer)] = len(optimizer.param_groups), outside
         return outside
 
     def _see_to_batchnorm(self, model: nn.Module) -> None:
