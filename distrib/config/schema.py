@@ -93,6 +93,7 @@ class PrecisionSection(Section):
     reduce: Dtype = "fp32"
     output: Dtype = "fp32"
     loss_scaling: Literal["none", "dynamic"] = "none"
+    fp32_modules: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
 
 class MeshSection(Section):

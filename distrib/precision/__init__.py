@@ -1,6 +1,6 @@
 """Number formats: the policy, its application to a model, and the loss scaler that fp16 needs."""
 
-from distrib.precision.autocast import apply_precision, autocast, remove_precision
+from distrib.precision.autocast import apply_precision, autocast, matching, remove_precision
 from distrib.precision.policy import PrecisionPolicy, resolve_precision
 from distrib.precision.scaler import LossScaler
 
@@ -9,6 +9,7 @@ __all__ = [
     "PrecisionPolicy",
     "apply_precision",
     "autocast",
+    "matching",
     "remove_precision",
     "resolve_precision",
 ]

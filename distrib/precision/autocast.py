@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from fnmatch import fnmatchcase
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -35,11 +37,22 @@ def apply_precision(model: nn.Module, policy: PrecisionPolicy, device: torch.dev
         _keep_in(policy.param, model)
     if policy.compute is None or _MARK in vars(model.forward):
         return model
-    plain = vars(model).get("forward")
-    model.forward = MethodType(
-        _under(policy, device, plain or type(model).forward, bound=plain is not None), model
-    )
+    for pattern in policy.fp32_modules:
+        for module in matching(model, pattern):
+            if _MARK not in vars(module.forward):
+                _replace_forward(module, partial(_in_float32, policy, device))
+    _replace_forward(model, partial(_under, policy, device))
     return model
+
+
+def matching(model: nn.Module, pattern: str) -> list[nn.Module]:
+    """Return the modules inside `model` whose names fit a pattern such as "*.norm"."""
+    return [module for name, module in model.named_modules() if name and fnmatchcase(name, pattern)]
+
+
+def _replace_forward(module: nn.Module, made_of: Callable[..., Callable[..., Any]]) -> None:
+    plain = vars(module).get("forward")
+    module.forward = MethodType(made_of(plain or type(module).forward, bound=plain is not None), module)
 
 
 def _keep_in(dtype: torch.dtype, model: nn.Module) -> None:
@@ -49,14 +62,33 @@ def _keep_in(dtype: torch.dtype, model: nn.Module) -> None:
 
 
 def remove_precision(model: nn.Module) -> nn.Module:
-    """Undo `apply_precision`."""
-    current = vars(model).get("forward")
-    if current is not None and _MARK in vars(current):
-        plain = vars(current)[_MARK]
-        del model.forward
-        if plain is not None:
-            model.forward = plain
+    """Undo `apply_precision`, but for the dtype of parameters."""
+    for module in model.modules():
+        current = vars(module).get("forward")
+        if current is not None and _MARK in vars(current):
+            plain = vars(current)[_MARK]
+            del module.forward
+            if plain is not None:
+                module.forward = plain
     return model
+
+
+def _in_float32(
+    policy: PrecisionPolicy, device: torch.device, forward: Callable[..., Any], *, bound: bool
+) -> Callable[..., Any]:
+    narrow = policy.compute
+
+    def widen(x: torch.Tensor) -> torch.Tensor:
+        return x.float() if x.dtype == narrow else x
+
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = map_tensors(widen, args), map_tensors(widen, kwargs)
+        with torch.autocast(device.type, enabled=False):
+            return forward(*args, **kwargs) if bound else forward(self, *args, **kwargs)
+
+    setattr(run, _MARK, forward if bound else None)
+    return run
 
 
 def _under(

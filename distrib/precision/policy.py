@@ -27,6 +27,7 @@ class PrecisionPolicy:
         reduce: dtype in which gradients are reduced; None for that of the gradient.
         output: dtype to which floating-point model outputs are converted; None leaves them.
         loss_scaling: "dynamic" for fp16, else "none".
+        fp32_modules: Patterns (as of file names) of the names of modules that compute in float32 all the same.
     """
 
     name: str = "no"
@@ -35,6 +36,7 @@ class PrecisionPolicy:
     reduce: torch.dtype | None = None
     output: torch.dtype | None = None
     loss_scaling: LossScaling = "none"
+    fp32_modules: tuple[str, ...] = ()
 
 
 def resolve_precision(setting: object, device: DeviceBackend, *, where: str | None = None) -> PrecisionPolicy:
@@ -89,4 +91,5 @@ def _spelled_out(section: PrecisionSection, where: str | None) -> PrecisionPolic
         reduce=_DTYPES[section.reduce],
         output=_DTYPES[section.output],
         loss_scaling=section.loss_scaling,
+        fp32_modules=section.fp32_modules,
     )

@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from distrib.errors import StrategyError
-from distrib.precision import apply_precision
+from distrib.logging import notice
+from distrib.precision import apply_precision, matching
 from distrib.state import ShardedState, TensorSpec, TrainState
 from distrib.strategies import slices
 from distrib.strategies.base import Capabilities, StepResult, Strategy
@@ -40,7 +41,11 @@ class Single(Strategy):
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model to the device and apply the precision policy, in place."""
-        return apply_precision(model.to(self.runtime.device), self.runtime.precision, self.runtime.device)
+        precision = self.runtime.precision
+        for pattern in precision.fp32_modules:
+            if not matching(model, pattern) and self.runtime.topology.is_main:
+                notice(f"mixed_precision.fp32_modules: {pattern!r} fits no module of {type(model).__name__}")
+        return apply_precision(model.to(self.runtime.device), precision, self.runtime.device)
 
     def gradient_sync(self, models: Sequence[nn.Module], *, enabled: bool) -> AbstractContextManager[None]:
         return nullcontext()

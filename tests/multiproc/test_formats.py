@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -78,3 +81,28 @@ def test_masters_of_a_model_in_half_precision_are_float32():
 def test_formats_that_do_not_fit_together_are_refused(formats):
     with pytest.raises(ConfigError, match="D0124"):
         Accelerator(RunConfig(device="cpu", mixed_precision=formats))
+
+
+@ranks(1, 2)
+def test_modules_named_by_a_pattern_compute_in_float32():
+    formats = {"compute": "bf16", "fp32_modules": ["last", "*.head", "nowhere*"]}
+    accelerator = Accelerator(RunConfig(device="cpu", mixed_precision=formats))
+    seen = {}
+    inner = Model()
+    inner.last.register_forward_hook(lambda _, x, y: seen.update(last=(x[0].dtype, y.dtype)))
+    whole = nn.Sequential()
+    whole.add_module("inner", inner)
+    whole.add_module("last", nn.Linear(1, 1))
+    whole.last.register_forward_hook(lambda _, x, y: seen.update(outer=(x[0].dtype, y.dtype)))
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        prepared = accelerator.prepare(whole)
+    prepared(torch.ones(2, 4)).sum().backward()
+    assert seen == {"last": (BF16, BF16), "outer": (BF16, FP32)}
+    plain = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert plain(torch.ones(2, 4)).dtype is FP32
+    assert seen["last"] == (FP32, FP32)
+    if accelerator.is_main_process:
+        assert "'nowhere*' fits no module of Sequential" in told.getvalue()
+        assert "'*.head' fits no module" in told.getvalue()
+        assert "'last' fits no module" not in told.getvalue()
