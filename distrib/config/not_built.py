@@ -17,31 +17,32 @@ KEYS: Final = frozenset({
 })  # fmt: skip
 
 
-class EachOf(tuple[object, ...]):
-    """The built values of a key that holds a list: a list is built unless one of its items is `planned`."""
+class AllBut(tuple[object, ...]):
+    """The built values of a key whose values are not all names: whatever names nothing `planned` is built.
 
-    __slots__ = ()
-    planned = frozenset({"wandb", "mlflow"})
+    Args:
+        built: What an error suggests.
+        planned: Names that are not built.
+    """
+
+    planned: tuple[str, ...]
+
+    def __new__(cls, *built: object, planned: tuple[str, ...]) -> AllBut:
+        """Make it from the names that are built."""
+        self = super().__new__(cls, built)
+        self.planned = planned
+        return self
 
     def __contains__(self, value: object) -> bool:
-        return not self.planned & set(value if isinstance(value, tuple) else (value,))
-
-
-class OrMapping(tuple[object, ...]):
-    """The built values of a key that also takes a mapping, which is built."""
-
-    __slots__ = ()
-
-    def __contains__(self, value: object) -> bool:
-        return super().__contains__(value) or not isinstance(value, str)
+        return not any(x in self.planned for x in (value if isinstance(value, tuple) else (value,)))
 
 
 # Keys of which only these values can be set; a row goes when all that the schema allows is built.
 BUILT_VALUES: Final[dict[str, tuple[object, ...]]] = {
     "strategy": ("auto", "single", "ddp"),
     "device": ("auto", "cpu", "cuda", "mps", "xpu"),
-    "mixed_precision": OrMapping(("no", "fp16", "bf16")),
-    "tracking.log_with": EachOf(("jsonl", "tensorboard")),
+    "mixed_precision": AllBut("no", "fp16", "bf16", planned=("fp8",)),
+    "tracking.log_with": AllBut("jsonl", "tensorboard", planned=("wandb", "mlflow")),
     "launch.backend": ("local",),
     "launch.nnodes": (1,),
     "launch.start_method": ("spawn",),

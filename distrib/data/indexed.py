@@ -114,13 +114,13 @@ class Indexed:
     def _blocks(self, layout: Layout) -> Iterator[tuple[_Cut, np.ndarray[Any, np.dtype[np.int64]]]]:
         """Yield windows of one kind and where they begin, as many as are worth computing at once."""
         size, at = self._size, self._start
-        num_full, left = divmod(max(layout.samples - at, 0), size)
+        num_full, left = layout.windows_from(at)
         if num_full:
             full = self._cut(layout, size)
             at_once = max(_INDEX_BLOCK // len(full.positions), 1)
             for first in range(0, num_full, at_once):
                 yield full, at + size * np.arange(first, min(first + at_once, num_full), dtype=np.int64)
-        if left and layout.tail != "drop":
+        if left:
             yield self._cut(layout, left), np.array([at + size * num_full])
 
     def _cut(self, layout: Layout, size: int) -> _Cut:

@@ -20,7 +20,6 @@ from torch.utils.data import get_worker_info
 from distrib.seeding import derive
 
 _MASK = 2**64 - 1
-_COLLATE = -1  # stands for "the sample" when a batch is put together
 
 
 def seed_generators(key: int, item: Hashable) -> None:

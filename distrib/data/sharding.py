@@ -9,7 +9,6 @@ What is counted is a *unit*: a sample, or a whole batch where the user's own bat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -54,11 +53,6 @@ class Share(NamedTuple):
     start: int
     size: int
     rows: int
-
-    @property
-    def is_stand_in(self) -> bool:
-        """Whether the rank has no unit of its own here: its rows only keep the model running."""
-        return self.size == 0
 
 
 def share_of(step: MicroStep, rank: int, world_size: int) -> Share:
@@ -117,15 +111,15 @@ class Layout:
             return self.samples - self.samples % self.global_batch_size
         return self.samples
 
-    def micro_steps(self, start: int = 0) -> Iterator[MicroStep]:
-        """Yield the micro-steps from position `start` (a window's boundary) to the end of the epoch."""
-        for at in range(start, self._stop_from(start), self.global_batch_size):
-            yield from self.window(at, min(self.global_batch_size, self.samples - at))
+    def windows_from(self, start: int) -> tuple[int, int]:
+        """Return how many full windows follow position `start`, a window's boundary, and the units of a short last one."""
+        full, left = divmod(max(self.samples - start, 0), self.global_batch_size)
+        return full, 0 if self.tail == "drop" else left
 
     def count(self, start: int = 0) -> int:
         """Return the number of micro-steps from position `start`: batches that every rank gets."""
-        full, rest = divmod(max(self._stop_from(start) - start, 0), self.global_batch_size)
-        return full * -(-self.global_batch_size // self.stride) + -(-rest // self.stride)
+        full, left = self.windows_from(start)
+        return full * -(-self.global_batch_size // self.stride) + -(-left // self.stride)
 
     def position_of(self, micro_step: int) -> int:
         """Return the position at which the epoch's micro-step of this index starts; its end if there are fewer."""
@@ -147,8 +141,3 @@ class Layout:
             rows = stride if self.tail == "pad" else left
             steps.append(MicroStep(at, left, size, stop, at + left == stop, rows, padded, at == start))
         return steps
-
-    def _stop_from(self, start: int) -> int:
-        if self.tail == "drop":
-            return start + (self.samples - start) // self.global_batch_size * self.global_batch_size
-        return self.samples

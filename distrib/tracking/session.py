@@ -61,7 +61,9 @@ class Session:
         if self._collectives.rank == 0:
             try:
                 self._check_options(options)
-                self._start_here(project, folder, config, options)
+                self._start_here(
+                    lambda name, tracker: tracker.start(project, folder, config, options.get(name, {}))
+                )
             except DistribError as found:
                 self.finish()
                 error = found
@@ -107,20 +109,14 @@ class Session:
     def _all_names(self) -> tuple[str, ...]:
         return (*self._names, *(tracker.name for tracker in self._own))
 
-    def _start_here(
-        self,
-        project: str,
-        folder: Path,
-        config: Mapping[str, Any] | None,
-        options: Mapping[str, Mapping[str, Any]],
-    ) -> None:
+    def _start_here(self, start: Callable[[str, Tracker], None]) -> None:
         self._running = {}
         own = {tracker.name: tracker for tracker in self._own}
         for name in self._all_names:
 
             def begin(name: str = name) -> Tracker:
                 tracker = own[name] if name in own else self._registry.get(name)()
-                tracker.start(project, folder, config, options.get(name, {}))
+                start(name, tracker)
                 return tracker
 
             tracker = self._attempt(name, begin, passing=DistribError)
