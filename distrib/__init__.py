@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distrib_launcher.functions import launch as launch, notebook_launcher as notebook_launcher
+
     from distrib import testing as testing, tracking as tracking
     from distrib.accelerator import Accelerator as Accelerator
     from distrib.config import RunConfig as RunConfig
@@ -41,10 +43,10 @@ _WHERE = {
     "TrainingError": "distrib.errors",
     "CheckpointError": "distrib.errors",
     "StrategyError": "distrib.errors",
+    "launch": "distrib_launcher.functions",
+    "notebook_launcher": "distrib_launcher.functions",
 }
-_NOT_BUILT = (
-    "notebook_launcher", "init_empty", "find_executable_batch_size", "LocalSGD", "launch", "compat",
-)  # fmt: skip
+_NOT_BUILT = ("init_empty", "find_executable_batch_size", "LocalSGD", "compat")
 _MODULES = ("testing", "tracking")
 
 __all__ = [*_WHERE, *_MODULES]  # noqa: PLE0604 (names come from the tables above)

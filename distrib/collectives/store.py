@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -35,6 +36,17 @@ def join_store(topology: Topology, rendezvous: Rendezvous, timeout: timedelta) -
         master_listen_fd=_listen(rendezvous) if serves else None,
     )
     return PrefixStore(rendezvous.prefix, store) if rendezvous.prefix else store
+
+
+def serve(listening: int) -> Store:
+    """Serve a job's store for as long as the value returned lives. For a process beside the ranks.
+
+    Args:
+        listening: Descriptor of a TCP socket that listens at the job's rendezvous address.
+    """
+    with socket.socket(fileno=os.dup(listening)) as listener:
+        host, port = listener.getsockname()[:2]
+    return TCPStore(host, port, None, True, wait_for_workers=False, master_listen_fd=listening)
 
 
 def _listen(rendezvous: Rendezvous) -> int:

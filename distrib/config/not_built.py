@@ -13,7 +13,7 @@ KEYS: Final = frozenset({
     "fsdp", "deepspeed", "xla", "compile", "activation_checkpointing",
     "checkpoint.on_signal",
     "watch.heartbeat_s", "watch.silence_s", "watch.report_s", "watch.verify_collectives", "watch.nonfinite",
-    "launch.max_restarts", "launch.preempt_grace_s", "launch.log_dir",
+    "launch.preempt_grace_s",
 })  # fmt: skip
 
 
@@ -45,7 +45,6 @@ BUILT_VALUES: Final[dict[str, tuple[object, ...]]] = {
     "tracking.log_with": AllBut("jsonl", "tensorboard", planned=("wandb", "mlflow")),
     "launch.backend": ("local",),
     "launch.nnodes": (1,),
-    "launch.start_method": ("spawn",),
 }
 
 

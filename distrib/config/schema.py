@@ -79,6 +79,27 @@ Trackers = Annotated[
 ]
 
 
+def _rank_numbers(value: object) -> object:
+    """Take one number, or a text such as "0,3", for a list."""
+    if isinstance(value, str) and all(part.strip().isdecimal() for part in value.split(",")):
+        return tuple(int(part) for part in value.split(","))
+    return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+ModuleNames = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*$")], ...],
+    Field(strict=False),
+    BeforeValidator(lambda value: tuple(value.split(",")) if isinstance(value, str) else value),
+    Expected("the name of a module, or a list of such"),
+]
+RankNumbers = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=MAX_COUNT)], ...],
+    Field(strict=False, min_length=1),
+    BeforeValidator(_rank_numbers),
+    Expected("the number of a rank, or a list of such"),
+]
+
+
 class Section(BaseModel):
     """A group of keys: frozen, no key beyond those declared, no silent conversion of types."""
 
@@ -186,10 +207,13 @@ class LaunchSection(Section):
     master_port: Port = 0
     rdzv_timeout_s: Seconds = 300.0
     max_restarts: CountFromZero = 0
-    start_method: Literal["fork", "spawn"] = "spawn"
+    start_method: Literal["fork", "spawn"] = "fork"
+    preload: ModuleNames = ()
     grace_s: SecondsFromZero = 10.0
     preempt_grace_s: SecondsFromZero = 300.0
     log_dir: PathText | None = None
+    show_ranks: RankNumbers | Literal["all"] = "all"
+    numa: bool = False
 
 
 class Values(Section):

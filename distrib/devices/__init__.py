@@ -6,7 +6,7 @@ from distrib.devices.base import DeviceBackend, Memory, too_few_devices
 from distrib.errors import TopologyError
 from distrib.registry import Registry
 
-__all__ = ["DEVICES", "DeviceBackend", "Memory", "choose_device"]
+__all__ = ["DEVICES", "DeviceBackend", "Memory", "choose_device", "initialized_devices"]
 
 DEVICES: Registry[type[DeviceBackend]] = Registry(
     "device",
@@ -41,6 +41,11 @@ def choose_device(
     if 0 < backend.count() < local_world_size:
         raise too_few_devices(backend, local_world_size, where=where)
     return backend, reason
+
+
+def initialized_devices() -> list[str]:
+    """Return the devices that this process has touched already, so that a child it forks could not use them."""
+    return [name for name in DEVICES.builtin if DEVICES.get(name)().initialized()]
 
 
 def _first_available(local_world_size: int) -> tuple[DeviceBackend, str]:

@@ -83,6 +83,10 @@ class DeviceBackend(ABC):
     def memory(self) -> Memory:
         """Return the memory in use and in all, in bytes."""
 
+    def initialized(self) -> bool:
+        """Whether this process has touched the device already, so that a child it forks could not use it."""
+        return False
+
     @abstractmethod
     def empty_cache(self) -> None:
         """Give unused cached memory back to the device."""

@@ -55,6 +55,9 @@ class CudaDevice(DeviceBackend):
     def set_rng_state(self, state: torch.Tensor) -> None:
         torch.cuda.set_rng_state(state)
 
+    def initialized(self) -> bool:
+        return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 

@@ -47,6 +47,9 @@ class XpuDevice(DeviceBackend):
     def set_rng_state(self, state: torch.Tensor) -> None:
         torch.xpu.set_rng_state(state)
 
+    def initialized(self) -> bool:
+        return bool(torch.xpu.is_initialized())  # type: ignore[no-untyped-call]
+
     def synchronize(self) -> None:
         torch.xpu.synchronize()
 

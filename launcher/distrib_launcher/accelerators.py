@@ -21,11 +21,16 @@ def processes_for(device: str, env: Mapping[str, str]) -> tuple[int, str]:
         device: The setting `device`.
         env: CUDA_VISIBLE_DEVICES in it limits what counts.
     """
-    if device not in ("auto", "cuda"):
+    if not may_use_gpus(device):
         return 1, f"one for device {device}"
     if not torch_is_built_for_cuda(_torch_version_file()):
         return 1, "torch is built without CUDA"
     return count_gpus(_device_files(), env)
+
+
+def may_use_gpus(device: str) -> bool:
+    """Whether the ranks may compute on NVIDIA GPUs, by the setting `device`."""
+    return device in ("auto", "cuda")
 
 
 def count_gpus(device_files: Iterable[str], env: Mapping[str, str]) -> tuple[int, str]:

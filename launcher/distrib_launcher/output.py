@@ -10,10 +10,11 @@ import signal
 import threading
 import unicodedata
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import Final
 
 from distrib.errors import LaunchError
@@ -26,6 +27,7 @@ _NAMES: Final = {1: "stdout", 2: "stderr"}
 _BYTES_OF_A_COLUMN = 64  # enough for any character and its color
 _ERASE = b"\r\x1b[K"
 _UP_AND_DOWN = re.compile(rb"(?:\x1b\[A)+\n+")  # how a bar below another one is overwritten
+_COLORS: Final = (36, 33, 32, 35, 34, 31)  # cyan first; a terminal's own shades
 _NOT_COLOR = re.compile(
     rb"\x1b\[[0-?]*[ -/]*[@-ln-~]"
 )  # would move the cursor, or erase, among other ranks' lines
@@ -167,13 +169,68 @@ class Source:
         prefix: Put before each line.
         shows_progress: Whether an unfinished line is shown as it changes: on a terminal every one, such as a prompt;
             elsewhere one with carriage returns.
+        log: File descriptor that gets the lines as well, without the prefix; -1 if there is none.
+        shown: Whether the lines are shown at all.
     """
 
     fd: int
     target: int
     prefix: bytes
     shows_progress: bool
+    log: int = -1
+    shown: bool = True
     assembler: Assembler = field(default_factory=Assembler, compare=False)
+
+
+@dataclass(frozen=True)
+class Display:
+    """How the output of several workers is shown and kept.
+
+    Attributes:
+        shown: The ranks whose lines are shown; None: all.
+        log: Rank -> the file that keeps its lines; None: nothing is kept.
+        color: Whether the prefix of a line has its rank's color, where that goes to a terminal.
+    """
+
+    shown: frozenset[int] | None = None
+    log: Callable[[int], Path] | None = None
+    color: bool = False
+
+    def captures(self, num_workers: int) -> bool:
+        """Whether the output has to come to us: a worker alone may write to our own streams."""
+        return num_workers > 1 or self.log is not None or self.shown is not None
+
+    def sources(self, workers: Sequence[tuple[int, Sequence[int]]]) -> list[Source]:
+        """Return the streams to copy.
+
+        Args:
+            workers: Of each its rank, and where to read its stdout and stderr.
+
+        Raises:
+            OSError: if a log cannot be opened.
+        """
+        found = []
+        for number, (rank, streams) in enumerate(workers):
+            log = _open_log(self.log(rank)) if self.log else -1
+            shown = self.shown is None or rank in self.shown
+            for target, fd in zip((1, 2), streams, strict=True):
+                prefix = self._prefix(rank, target) if len(workers) > 1 else b""
+                found.append(Source(fd, target, prefix, number == 0, log, shown))
+        return found
+
+    def _prefix(self, rank: int, target: int) -> bytes:
+        if self.color and os.isatty(target):
+            return f"\x1b[{_COLORS[rank % len(_COLORS)]}m[rank {rank}]\x1b[m ".encode()
+        return f"[rank {rank}] ".encode()
+
+
+def wants_color(env: Mapping[str, str]) -> bool:
+    """Whether a terminal is to show colors (https://no-color.org)."""
+    return not env.get("NO_COLOR") and env.get("TERM", "dumb") != "dumb"
+
+
+def _open_log(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
 
 class Pump(threading.Thread):
@@ -185,6 +242,7 @@ class Pump(threading.Thread):
     Attributes:
         lost: Which of the launcher's streams did not take all text, and why; empty if all was shown, or nobody reads
             it any more.
+        log_lost: The same of the logs.
     """
 
     def __init__(self, sources: Iterable[Source]) -> None:
@@ -192,7 +250,7 @@ class Pump(threading.Thread):
         self._sources = list(sources)
         self._surfaces = _surfaces({source.target for source in self._sources})
         self._messages: deque[tuple[int, bytes]] = deque()
-        self.lost = ""
+        self.lost = self.log_lost = ""
         self._wake_read, self._wake_write = os.pipe()
         self.ended_fd, self._ended_write = os.pipe()  # readable (at its end) when all streams have ended
 
@@ -222,6 +280,8 @@ class Pump(threading.Thread):
                         open_sources -= 1
                 self._show(shown + self._own_lines())
         self._show([*self._own_lines(), *self._closing()])
+        for log in {source.log for source in self._sources} - {-1}:
+            os.close(log)
         os.close(self._ended_write)
 
     def close(self) -> None:
@@ -232,11 +292,23 @@ class Pump(threading.Thread):
     def _lines(self, source: Source, chunk: bytes) -> list[tuple[int, bytes]]:
         surface, assembler = self._surfaces[source.target], source.assembler
         lines = assembler.feed(chunk) if chunk else assembler.finish()
+        if lines and source.log >= 0:
+            self._keep(source.log, b"".join(line + b"\n" for line in lines))
+        if not source.shown:
+            return []
         shown = [surface.line(source.fd, source.prefix + line) for line in lines]
         unfinished = assembler.unfinished if surface.terminal else assembler.progress
         if source.shows_progress and unfinished:
             shown.append(surface.progress(source.fd, source.prefix + unfinished))
         return [(source.target, b"".join(shown))]
+
+    def _keep(self, log: int, lines: bytes) -> None:
+        refusal = write_all(log, lines)
+        if refusal and not self.log_lost:
+            self.log_lost = str(refusal.strerror)
+            self._messages.append(
+                (2, f"distrib: warning: the logs are not complete: {refusal.strerror}".encode())
+            )
 
     def _own_lines(self) -> list[tuple[int, bytes]]:
         shown = []
@@ -309,7 +381,12 @@ def show(text: str) -> int:
         return 0
     if isinstance(refusal, ConnectionError):
         return 128 + signal.SIGPIPE
-    raise LaunchError(
+    raise unwritable(refusal)
+
+
+def unwritable(refusal: OSError) -> LaunchError:
+    """Return the error for what was asked for and cannot be shown."""
+    return LaunchError(
         "D0311",
         f"the output cannot be written: {refusal.strerror}",
         where="stdout",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 import importlib.machinery
+import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from distrib.errors import LaunchError
-from distrib_launcher.process import WorkerSpec
+from distrib_launcher.numa import Binding
+from distrib_launcher.starting import WorkerSpec
+from distrib_launcher.worker import BINDING
 
 _OTHER_LAUNCHERS = (
     "TORCHELASTIC_",
@@ -29,20 +32,33 @@ class Program:
     """The user's program.
 
     Attributes:
-        kind: "script", "module" or "command".
-        target: The script's path, the module's dotted name, or the command.
+        kind: "script", "module", "command" or "function".
+        target: The script's path, the module's dotted name, the command, or the file with the function.
         args: Its arguments, as they were given.
+        title: What to call it; by default what one would type.
     """
 
     kind: str
     target: str
     args: tuple[str, ...] = ()
+    title: str = ""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The program and its arguments."""
+        return (self.target, *self.args)
 
     @property
     def command(self) -> str:
         """The program as one would type it."""
+        return self.shown(list)
+
+    def shown(self, redact: Callable[[Sequence[str]], list[str]]) -> str:
+        """As `command`, with the words that `redact` makes of the program's."""
+        if self.title:
+            return self.title
         start = {"script": ["python"], "module": ["python", "-m"], "command": []}[self.kind]
-        return shlex.join([*start, self.target, *self.args])
+        return shlex.join([*start, *redact(self.words)])
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,15 @@ class LaunchPlan:
         master_port: Its port; 0 while it is not chosen yet.
         config: The configuration for the workers, as JSON.
         grace_s: Seconds between asking a rank to end and killing it.
+        start_method: "fork" or "spawn".
+        preload: Modules that are loaded once, before forking, beside torch.
+        max_restarts: How often the ranks are started again after a failure.
+        attempt: How often they have been.
+        port_from: What asked for the port, to be named in an error; None if nobody did.
+        log_dir: Folder for the logs of launches; None: keep none.
+        shown_ranks: Whose output is shown; None: everybody's.
+        bindings: What each rank is bound to; empty: to nothing.
+        serves_store: Whether the launcher's side serves the store at the address.
     """
 
     program: Program
@@ -66,6 +91,15 @@ class LaunchPlan:
     master_port: int
     config: str
     grace_s: float
+    start_method: str = "spawn"
+    preload: tuple[str, ...] = ()
+    max_restarts: int = 0
+    attempt: int = 0
+    port_from: str | None = None
+    log_dir: Path | None = None
+    shown_ranks: frozenset[int] | None = None
+    bindings: tuple[Binding, ...] = ()
+    serves_store: bool = False
 
     def variables(self, rank: int) -> dict[str, str]:
         """Return the environment variables that a rank gets from the launcher."""
@@ -81,6 +115,11 @@ class LaunchPlan:
             "MASTER_PORT": str(self.master_port),
             "OMP_NUM_THREADS": str(self.threads),
             "DISTRIB_CONFIG": self.config,
+            "TORCHELASTIC_RESTART_COUNT": str(self.attempt),
+            "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
+            **({BINDING: json.dumps(self.bindings[rank])} if self.bindings else {}),
+            # torch's own name for "every rank is a client of the store, rank 0 too"
+            **({"TORCHELASTIC_USE_AGENT_STORE": "True"} if self.serves_store else {}),
         }
 
     def workers(self, env: Mapping[str, str]) -> tuple[WorkerSpec, ...]:
@@ -90,9 +129,8 @@ class LaunchPlan:
             env: The launcher's environment, which the workers inherit but for other launchers' variables.
         """
         inherited = {name: value for name, value in env.items() if not name.startswith(_OTHER_LAUNCHERS)}
-        program = (self.program.target, *self.program.args)
         return tuple(
-            WorkerSpec(rank, self.program.kind, program, {**inherited, **self.variables(rank)})
+            WorkerSpec(rank, self.program.kind, self.program.words, {**inherited, **self.variables(rank)})
             for rank in range(self.num_processes)
         )
 

@@ -3,81 +3,42 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import selectors
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from distrib_launcher import guard, worker
-from distrib_launcher.output import Pump, Source
+from distrib_launcher import guard
+from distrib_launcher.output import Display, Pump
+from distrib_launcher.starting import Handed, PreloadFailed, Spawner, Starter, StartRefused, WorkerSpec
+from distrib_launcher.workers import Outcome, Worker
 
 _LEFTOVER_GRACE_S = 1.0  # for processes that the ranks left behind, after the ranks themselves have ended
 _CAUSE_WAIT_S = 1.0  # a rank that closes its group while it fails loses its peers before it has told why
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
-class WorkerSpec:
-    """One process to start.
-
-    Attributes:
-        rank: Its global rank.
-        kind: "script", "module" or "command".
-        program: The script, module or command, and its arguments.
-        env: Its whole environment.
-    """
-
-    rank: int
-    kind: str
-    program: tuple[str, ...]
-    env: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one worker ended.
-
-    Attributes:
-        rank: Its global rank.
-        pid: Its process id.
-        returncode: As `subprocess` gives it: the exit code, or minus the signal.
-        at: When it failed or ended, on the monotonic clock, in seconds.
-        stopped: Whether it ended only after the launcher had begun to stop everybody.
-        event: What the program's end was, as `distrib_launcher.worker` told it; empty if it told nothing. Of a
-            command, which cannot tell, only the kind.
-        crash: The Python stack at a crash in native code; empty if there is none.
-    """
-
-    rank: int
-    pid: int
-    returncode: int
-    at: float
-    stopped: bool = False
-    event: Mapping[str, Any] = field(default_factory=dict)
-    crash: str = ""
-
-
-@dataclass(frozen=True)
 class Ended:
-    """The whole launch, after its end.
+    """One attempt of a launch, after its end.
 
     Attributes:
-        outcomes: One for each worker, in rank order.
+        outcomes: One for each worker that was started, in rank order.
         interrupted: The signal that the launcher itself got and passed on; 0 if none.
         leftovers: How many processes of the workers had to be ended after them.
         stop_s: Seconds from the first failure or signal to the end of the last worker.
         lost: Which stream did not take all of the workers' output, and why; empty if all was shown.
+        log_lost: Why the logs are not complete; empty if they are.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -85,87 +46,7 @@ class Ended:
     leftovers: int = 0
     stop_s: float = 0.0
     lost: str = ""
-
-
-class _Worker:
-    """A started worker and the pipes to it."""
-
-    def __init__(self, spec: WorkerSpec, *, marker: str, capture: bool, shares_stdin: bool) -> None:
-        life_read, self._life = os.pipe()
-        self.record_fd, record_write = os.pipe()
-        os.set_blocking(self.record_fd, False)
-        stream = subprocess.PIPE if capture else None
-        command = [
-            sys.executable,
-            str(Path(worker.__file__)),
-            str(life_read),
-            str(record_write),
-            str(os.getpid()),
-        ]
-        self.rank, self.event, self.ended_at = spec.rank, dict[str, Any](), 0.0
-        self._is_command = spec.kind == "command"
-        self._unread, self._crash = b"", list[str]()
-        self._sent: set[int] = set()
-        with _held_back(worker.HELD_SIGNALS):
-            self.process = subprocess.Popen(
-                [*command, spec.kind, *spec.program],
-                env={**spec.env, guard.MARKER: marker},
-                stdin=None if shares_stdin else subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                bufsize=0,
-                pass_fds=(life_read, record_write),
-                start_new_session=True,
-            )
-        os.close(life_read)
-        os.close(record_write)
-        self.exit_fd = _exit_fd(self.process)
-
-    @property
-    def failed(self) -> bool:
-        """Whether it has ended, or said that it is about to end, other than with exit code 0."""
-        code = self.process.returncode
-        return bool(code) or bool(self.event.get("exit_code"))
-
-    def read_record(self) -> bool:
-        """Take what the worker has told; return whether more can come."""
-        try:
-            chunk = os.read(self.record_fd, 1 << 20)
-        except BlockingIOError:
-            return True
-        *lines, self._unread = (self._unread + chunk).split(b"\n")
-        for line in lines:
-            if line.startswith(b'{"'):
-                self.event = json.loads(line)
-            else:
-                self._crash.append(line.decode(errors="replace"))
-        return bool(chunk)
-
-    def send(self, number: int) -> None:
-        if self.process.returncode is None:
-            self._sent.add(number)
-            self.process.send_signal(number)
-
-    def outcome(self, stop_at: float | None) -> Outcome:
-        at = float(self.event.get("time", self.ended_at))
-        return Outcome(
-            rank=self.rank,
-            pid=self.process.pid,
-            returncode=self.process.returncode,
-            at=at,
-            stopped=stop_at is not None and at >= stop_at and not self._died_of_another_signal(),
-            event={"kind": "command"} if self._is_command else self.event,
-            crash="\n".join(self._crash).strip(),
-        )
-
-    def _died_of_another_signal(self) -> bool:
-        """Whether a signal ended it that we did not send: it may have been dying when we began to stop it."""
-        return self.process.returncode < 0 and -self.process.returncode not in self._sent
-
-    def release(self) -> None:
-        os.close(self.exit_fd)
-        os.close(self.record_fd)
-        os.close(self._life)
+    log_lost: str = ""
 
 
 class _Guard:
@@ -201,13 +82,18 @@ class _Guard:
 
 
 class Supervisor:
-    """Runs a set of workers to their common end.
+    """Runs sets of workers, one after another, each to its common end. A context; use it from the main thread.
 
     Args:
         grace_s: Seconds between asking a worker to end and killing it.
-        notice: Called with a line to show when the launcher is interrupted.
+        notice: Called with a line to show, when nothing else shows it.
         follows: Whether a failed worker, by its `Outcome.event`, only lost a peer. The peer then gets a moment to
             tell its own failure before it is stopped.
+        embedded: Whether this process has children of its own, and may get more meanwhile. Then only what is marked
+            as the workers' is taken for theirs.
+
+    Attributes:
+        marker: This launch's value of the variable `guard.MARKER`, which every process of it has.
     """
 
     def __init__(
@@ -216,68 +102,155 @@ class Supervisor:
         grace_s: float,
         notice: Callable[[str], None] | None = None,
         follows: Callable[[Mapping[str, Any]], bool] | None = None,
+        embedded: bool = False,
     ) -> None:
+        self._embedded = embedded
         self._grace_s, self._notice, self._follows = grace_s, notice, follows
-        self._cause_by: float | None = None
-        self._marker = uuid.uuid4().hex
-        self._workers: list[_Worker] = []
-        self._sessions: dict[int, int] = {}
+        self.marker = uuid.uuid4().hex
+        self._sessions: dict[int, int] = {}  # of all attempts: process id -> its start
+        self._interrupted = 0
+        self._starter: Starter = Spawner(self.marker)
+        self._strangers: set[int] = set()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._workers: list[Worker] = []
         self._stop_at: float | None = None
         self._deadline: float | None = None
-        self._interrupted = 0
+        self._cause_by: float | None = None
         self._pump: Pump | None = None
-        self._strangers: set[int] = set()
+        self._starting = False
 
-    def run(self, specs: Sequence[WorkerSpec]) -> Ended:
+    def __enter__(self) -> Supervisor:
+        with ExitStack() as stack:
+            self._selector = stack.enter_context(selectors.DefaultSelector())
+            stack.enter_context(_signals(self._selector))
+            self._strangers = {process.pid for process in guard.processes() if process.parent == os.getpid()}
+            stack.enter_context(_adopting_orphans())
+            self._guard = _Guard(self.marker)
+            stack.callback(self._guard.dismiss)
+            stack.callback(self._close_starter)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, found: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _close_starter(self) -> None:
+        self._starter.close()  # whichever it is by then
+
+    def use(self, starter: Starter) -> None:
+        """Start the workers in another way than as fresh interpreters, and take over the starter's end."""
+        self._starter = starter
+        for pid in starter.pids():
+            self._watch(pid)
+
+    def prepare(self) -> bool:
+        """Wait until workers can be started; return whether they still are to be: nobody has interrupted us.
+
+        Raises:
+            LaunchError: of the starter, if the user has to mend something before.
+        """
+        if self._starter.ready_fd is not None:
+            self._selector.register(self._starter.ready_fd, selectors.EVENT_READ, ("ready", None))
+            while self._starter.ready_fd is not None and not self._interrupted:
+                self._wait()
+        self._wait(0)
+        return not self._interrupted
+
+    @property
+    def interrupted(self) -> int:
+        """The signal that we have got and passed on; 0 if none."""
+        return self._interrupted
+
+    @property
+    def serves_store(self) -> bool:
+        """Whether the ranks' store is served for them, on the socket that is given to `run`. After `prepare`."""
+        return self._starter.serves_store
+
+    def run(
+        self, specs: Sequence[WorkerSpec], display: Display | None = None, listening: int | None = None
+    ) -> Ended:
         """Start the workers, wait for their end, and leave no process behind.
 
         The first failure ends the others: SIGTERM, then SIGKILL after the grace time. SIGINT, SIGTERM and SIGHUP are
-        passed on; a second SIGINT kills at once. With one worker its streams are ours, with more each line is
-        prefixed. Call from the main thread.
+        passed on; a second SIGINT kills at once. With one worker its streams are ours, unless they are also to be kept;
+        with more each line is prefixed.
+
+        Args:
+            specs: The workers.
+            display: How their output is shown and kept.
+            listening: A socket that listens where the ranks meet, if `serves_store`.
+
+        Raises:
+            StartRefused: if the system did not let us start all of them; those that started have ended.
         """
-        with selectors.DefaultSelector() as self._selector, _signals(self._selector):
-            self._strangers = {process.pid for process in guard.processes() if process.parent == os.getpid()}
-            _adopt_orphans()
-            self._guard = _Guard(self._marker)
-            self._start(specs)
-            while any(one.process.returncode is None for one in self._workers):
-                self._wait()
-            stopped_s = time.monotonic() - self._stop_at if self._stop_at is not None else 0.0
-            leftovers = self._end_leftovers()
-            self._drain()
-            self._guard.dismiss()
+        self._begin()
+        refused = self._start(specs, display or Display(), listening)
+        while any(one.returncode is None for one in self._workers):
+            self._wait()
+        stopped_s = time.monotonic() - self._stop_at if self._stop_at is not None else 0.0
+        self._starter.end_attempt()
+        leftovers = self._end_leftovers()
+        self._drain()
         outcomes = tuple(one.outcome(self._stop_at) for one in self._workers)
         for one in self._workers:
+            self._forget(one.record_fd)
             one.release()
-        lost = self._pump.lost if self._pump is not None else ""
-        return Ended(outcomes, self._interrupted, leftovers, stopped_s, lost)
+        if refused is not None:
+            raise refused
+        lost, log_lost = (self._pump.lost, self._pump.log_lost) if self._pump is not None else ("", "")
+        return Ended(outcomes, self._interrupted, leftovers, stopped_s, lost, log_lost)
 
-    def _start(self, specs: Sequence[WorkerSpec]) -> None:
-        sources = []
-        capture = len(specs) > 1
-        for index, spec in enumerate(specs):
-            one = _Worker(spec, marker=self._marker, capture=capture, shares_stdin=index == 0)
-            self._workers.append(one)
-            known = guard.read_process(one.process.pid)
-            self._sessions[one.process.pid] = known.start if known else 0
-            self._guard.watch(one.process.pid, self._sessions[one.process.pid])
+    def _start(
+        self, specs: Sequence[WorkerSpec], display: Display, listening: int | None
+    ) -> StartRefused | None:
+        capture = display.captures(len(specs))
+        workers: list[Worker] = []
+        handed = closing(_hand_out(specs, workers, capture=capture))
+        refused, self._starting = None, True  # nobody reaps a process that is not known yet
+        try:
+            with handed as each:
+                pids = list(self._starter.start(each, len(specs), listening))
+        except StartRefused as refusal:
+            refused, pids = refusal, list(refusal.started)
+        for one, pid in zip(workers, pids, strict=False):
+            one.started(pid)
+            self._watch(pid)
             self._selector.register(one.exit_fd, selectors.EVENT_READ, ("exit", one))
             self._selector.register(one.record_fd, selectors.EVENT_READ, ("record", one))
-            sources += _sources(one, shows_progress=index == 0) if capture else []
-        if sources:
-            self._pump = Pump(sources)
+        self._starting = False
+        for one in workers[len(pids) :]:
+            one.release()
+        self._workers = workers[: len(pids)]
+        if capture:
+            self._pump = Pump(display.sources([(one.rank, one.streams) for one in workers]))
             self._pump.start()
+        if refused is not None:
+            self._stop(signal.SIGKILL)
+        return refused
 
-    def _wait(self) -> None:
+    def _watch(self, pid: int) -> None:
+        known = guard.read_process(pid)
+        self._sessions[pid] = known.start if known else 0
+        self._guard.watch(pid, self._sessions[pid])
+
+    def _wait(self, at_most_s: float | None = None) -> None:
         """Wait for one thing to happen, and act on it."""
-        next_due = min((due for due in (self._deadline, self._cause_by) if due is not None), default=None)
-        timeout = None if next_due is None else max(0.0, next_due - time.monotonic())
+        dues = [due - time.monotonic() for due in (self._deadline, self._cause_by) if due is not None]
+        timeout = min((max(0.0, due) for due in dues), default=at_most_s)
         for key, _ in self._selector.select(timeout):
             what, one = key.data
             if what == "signal":
                 self._on_signals(os.read(key.fd, 4096))
+            elif what == "ready":
+                self._selector.unregister(key.fd)
+                self._on_ready()
             elif what == "exit":
-                self._on_exit(one)
+                one.reap()
+                self._selector.unregister(one.exit_fd)
             elif what == "record" and not one.read_record():
                 self._selector.unregister(key.fd)
         if self._stop_at is None and any(one.failed for one in self._workers):
@@ -285,11 +258,13 @@ class Supervisor:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._kill()
 
-    def _on_exit(self, one: _Worker) -> None:
-        one.process.wait()
-        one.ended_at = time.monotonic()
-        one.read_record()
-        self._selector.unregister(one.exit_fd)
+    def _on_ready(self) -> None:
+        try:
+            self._starter.prepare()
+        except PreloadFailed as why:
+            self._starter.close()
+            self._starter = Spawner(self.marker)
+            self._say(f"distrib: warning: {why}; each rank is started as a fresh interpreter instead")
 
     def _on_failure(self) -> None:
         """Stop everybody, but not before the rank that the failed ones lost has had a moment to tell why."""
@@ -310,7 +285,8 @@ class Supervisor:
                 self._kill()
             elif not self._interrupted:
                 self._interrupted = number
-                self._say(_interrupt_line(number, self._grace_s))
+                if self._workers:
+                    self._say(_interrupt_line(number, self._grace_s))
                 self._stop(number if number == signal.SIGINT else signal.SIGTERM)
 
     def _stop(self, number: int) -> None:
@@ -347,19 +323,30 @@ class Supervisor:
     def _leftovers(self) -> list[guard.Process]:
         """Everything in the workers' sessions, marked as theirs, or handed to us when its parent ended."""
         table = guard.processes()
-        ours = {process.pid for process in guard.members(self._sessions, self._marker)}
-        grown = {process.pid for process in table if process.parent == os.getpid()}
-        grown -= {*self._strangers, self._guard.process.pid}
+        own = self._own_pids()
+        ours = {process.pid for process in guard.members(self._sessions, self.marker)}
+        grown = {process.pid for process in table if self._is_orphan(process)} - own
         while grown:
             ours |= grown
             grown = {process.pid for process in table if process.parent in grown} - ours
-        return [process for process in table if process.pid in ours and not process.ended]
+        return [process for process in table if process.pid in ours - own and not process.ended]
+
+    def _own_pids(self) -> set[int]:
+        """What runs beside the workers, and what ran before us."""
+        return {*self._strangers, self._guard.process.pid, *self._starter.pids()}
 
     def _reap_orphans(self) -> None:
-        known = {*self._strangers, self._guard.process.pid, *self._sessions}
+        if self._starting:
+            return
+        known = self._own_pids() | {one.pid for one in self._workers}
         for process in guard.processes():
-            if process.parent == os.getpid() and process.ended and process.pid not in known:
+            if process.ended and process.pid not in known and self._is_orphan(process):
                 os.waitpid(process.pid, os.WNOHANG)
+
+    def _is_orphan(self, process: guard.Process) -> bool:
+        """Whether a process was handed to us when its parent ended."""
+        ours = process.parent == os.getpid()
+        return ours and (not self._embedded or process.session in self._sessions)
 
     def _drain(self) -> None:
         """Wait until the last output is shown. Who reads it may be slow; a signal ends the wait."""
@@ -374,9 +361,14 @@ class Supervisor:
                     self._pump.close()
                     return
                 if key.data[0] == "signal" and set(os.read(key.fd, 4096)) & set(map(int, _STOP_SIGNALS)):
+                    self._selector.unregister(self._pump.ended_fd)
                     return
                 if key.data[0] == "record":
                     self._selector.unregister(key.fd)
+
+    def _forget(self, fd: int) -> None:
+        if fd in self._selector.get_map():
+            self._selector.unregister(fd)
 
     def _say(self, line: str) -> None:
         if self._pump is not None:
@@ -385,34 +377,22 @@ class Supervisor:
             self._notice(line)
 
 
+def _hand_out(
+    specs: Sequence[WorkerSpec], workers: list[Worker], *, capture: bool
+) -> Generator[tuple[WorkerSpec, Handed], None, None]:
+    """Make a worker of each, and yield what it is handed; that is closed afterwards."""
+    for number, spec in enumerate(specs):
+        one = Worker(spec, capture=capture, stdin=number == 0)
+        workers.append(one)
+        try:
+            yield spec, one.handed
+        finally:
+            one.let_go()
+
+
 def _interrupt_line(number: int, grace_s: float) -> str:
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     return f"distrib: {name}: asking the ranks to end, within {grace_s:g} s; Ctrl-C kills them at once"
-
-
-def _sources(one: _Worker, *, shows_progress: bool) -> list[Source]:
-    assert one.process.stdout is not None
-    assert one.process.stderr is not None
-    prefix = f"[rank {one.rank}] ".encode()
-    sources = []
-    for pipe, target in ((one.process.stdout, 1), (one.process.stderr, 2)):
-        with pipe:  # the pump owns and closes its own descriptor
-            sources.append(Source(os.dup(pipe.fileno()), target, prefix, shows_progress))
-    return sources
-
-
-def _exit_fd(process: subprocess.Popen[bytes]) -> int:
-    """Return a descriptor that becomes readable when the process ends."""
-    if hasattr(os, "pidfd_open"):
-        return os.pidfd_open(process.pid)
-    read, write = os.pipe()
-
-    def wait() -> None:
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        os.close(write)
-
-    threading.Thread(target=wait, daemon=True).start()
-    return read
 
 
 def _send(pid: int, number: int) -> None:
@@ -440,20 +420,19 @@ def _wait_for(pids: Sequence[int], timeout_s: float) -> bool:
         return not selector.get_map()
 
 
-def _adopt_orphans() -> None:
-    """Become the parent of what the workers leave behind, so that it can be found."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
 @contextmanager
-def _held_back(numbers: Sequence[signal.Signals]) -> Iterator[None]:
-    """Block signals, for the process started meanwhile too: it unblocks them when it can handle them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+def _adopting_orphans() -> Iterator[None]:
+    """Be the parent of what the workers leave behind, so that it can be found."""
+    if sys.platform != "linux":
+        yield
+        return
+    libc, before = ctypes.CDLL(None), ctypes.c_int()
+    libc.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(before))
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, before.value)
 
 
 @contextmanager

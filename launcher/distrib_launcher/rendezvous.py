@@ -9,6 +9,7 @@ import sys
 from distrib.errors import LaunchError
 
 HOST = "127.0.0.1"
+_QUEUE = 4096  # connections; the kernel takes fewer if it has a lower limit
 
 
 class ReservedPort:
@@ -40,6 +41,20 @@ class ReservedPort:
             raise _refused(port, where, error) from error
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.port: int = self._socket.getsockname()[1]
+
+    def listen(self) -> int:
+        """Listen at the port, for a process that the socket is handed to; return its descriptor.
+
+        Whoever comes before that process is ready waits in the queue, instead of being refused and trying again.
+        """
+        self._socket.listen(_QUEUE)
+        return self._socket.fileno()
+
+    def __enter__(self) -> ReservedPort:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Let go of the port."""

@@ -1,18 +1,23 @@
-"""From how each rank ended to one report and one exit code. Pure functions."""
+"""From how each rank ended to one report and one exit code. Pure functions, but for the limits of this process."""
 
 from __future__ import annotations
 
 import re
 import signal
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import distrib
+from distrib_launcher.advice import advice_on
+from distrib_launcher.limits import limits_behind
 from distrib_launcher.oom import OomKills
-from distrib_launcher.process import Ended, Outcome
+from distrib_launcher.process import Ended
 from distrib_launcher.worker import narrowed
+from distrib_launcher.workers import Outcome
 
 MAX_LINES = 25
 _MAX_FRAMES = 5  # of two lines each
@@ -45,7 +50,10 @@ _LOST_CONNECTION = (  # what else is said then, but of other connections too
     "socket closed",
     "broken pipe",
 )
+_USAGE = 2
 _TIMEOUT = 124  # as of the command `timeout`
+_NARROWEST = 20  # columns
+_MAX_PLACES = 3  # where ranks stood, one line each
 _CAUSES = {
     signal.SIGSEGV: "a crash in native code: a library built for another torch or driver, or a bad pointer in an "
     "extension",
@@ -80,13 +88,39 @@ def root_cause(outcomes: Iterable[Outcome]) -> Outcome | None:
     return min(failed, key=lambda each: (each.stopped, _follows(each), each.at, each.rank), default=None)
 
 
-def render(ended: Ended, hostname: str, oom_kills: OomKills | None = None) -> str:
+@dataclass(frozen=True)
+class Circumstances:
+    """What else a report needs to know.
+
+    Attributes:
+        hostname: This machine's name.
+        oom_kills: What the kernel counted during the run.
+        attempt: How often the ranks had been restarted before.
+        max_restarts: How often they may be.
+        restarts: Whether they will be now.
+        logs: Rank -> file that has its whole output; empty if there is none.
+        columns: Width to break lines at; None: do not break them.
+        color: Whether the headline is to stand out.
+        redact: Takes secrets out of a text.
+    """
+
+    hostname: str
+    oom_kills: OomKills = field(default_factory=OomKills)
+    attempt: int = 0
+    max_restarts: int = 0
+    restarts: bool = False
+    logs: Mapping[int, str] = field(default_factory=dict)
+    columns: int | None = None
+    color: bool = False
+    redact: Callable[[str], str] = str
+
+
+def render(ended: Ended, around: Circumstances) -> str:
     """Return the report: at most `MAX_LINES` lines, the root cause once; empty if all went well.
 
     Args:
         ended: How the ranks ended.
-        hostname: This machine's name.
-        oom_kills: What the kernel counted during the run.
+        around: What else is known.
     """
     root = root_cause(ended.outcomes)
     if ended.interrupted and (root is None or root.stopped):
@@ -95,16 +129,101 @@ def render(ended: Ended, hostname: str, oom_kills: OomKills | None = None) -> st
         return "\n".join([*_leftovers(ended), *_lost(ended)])
     alike = [each for each in ended.outcomes if each is not root and _same(each, root)]
     others = [each for each in ended.outcomes if each is not root and each not in alike]
-    head = [_headline(root, alike, hostname)]
+    head = [_headline(root, alike, around.hostname)]
     tail = [
         *_others(others),
         *_not_there(root, others),
-        *_hint(root, oom_kills or OomKills()),
+        *_hints(root, around.oom_kills),
         *([f"  output was lost: {ended.lost}"] if ended.lost else []),
-        f"exit code {exit_code(ended)}",
+        *_log_lines(root, around.logs),
+        _last_line(ended, around),
     ]
-    room = MAX_LINES - len(head) - len(tail)
-    return "\n".join(_cut(line) for line in [*head, *_evidence(root, room), *tail])
+    return _fitted(head, lambda room: _evidence(root, room), tail, around)
+
+
+def is_worth_a_restart(ended: Ended) -> bool:
+    """Whether a rank failed in a way that another attempt may not: not by a wrong configuration, nor at our command."""
+    root = root_cause(ended.outcomes)
+    return root is not None and not root.stopped and not ended.interrupted and _status(root) != _USAGE
+
+
+def facts(ended: Ended, around: Circumstances) -> dict[str, Any]:
+    """Return what `failure.json` says of a failed attempt: exit code, root cause, and every rank."""
+    root = root_cause(ended.outcomes)
+    return {
+        "format": 1,
+        "host": around.hostname,
+        "attempt": around.attempt,
+        "max_restarts": around.max_restarts,
+        "exit_code": exit_code(ended),
+        "interrupted": signal.Signals(ended.interrupted).name if ended.interrupted else None,
+        "root_cause": root.rank if root else None,
+        "ranks": [_facts_of(each, around) for each in ended.outcomes],
+    }
+
+
+def _facts_of(outcome: Outcome, around: Circumstances) -> dict[str, Any]:
+    event, number = outcome.event, _signal_of(outcome)
+    return {
+        "rank": outcome.rank,
+        "pid": outcome.pid,
+        "exit_code": _status(outcome),
+        "signal": number.name if number is not None else None,
+        "followed": bool(_status(outcome)) and (outcome.stopped or _follows(outcome)),
+        "exception": event.get("type"),
+        "message": around.redact("\n".join(event.get("lines", ()))),
+        "frames": [[path, line, function] for path, line, function, _ in event.get("frames", ())],
+        "stood_at": [list(frame) for frame in outcome.stood],
+        "crash": outcome.crash,
+        "log": around.logs.get(outcome.rank),
+    }
+
+
+def _last_line(ended: Ended, around: Circumstances) -> str:
+    code = f"exit code {exit_code(ended)}"
+    if around.restarts:
+        return f"{code}; restarting all ranks ({around.attempt + 1} of {around.max_restarts})"
+    if around.attempt:
+        return f"{code}; gave up after {around.attempt} restart{'s' if around.attempt > 1 else ''}"
+    return code
+
+
+def _log_lines(root: Outcome, logs: Mapping[int, str]) -> list[str]:
+    return [f"  its whole output: {logs[root.rank]}"] if root.rank in logs else []
+
+
+def _fitted(
+    head: Sequence[str], evidence: Callable[[int], list[str]], tail: Sequence[str], around: Circumstances
+) -> str:
+    """Join the parts, with as much evidence as leaves at most `MAX_LINES` lines on the screen."""
+    lines: list[str] = []
+    for room in range(max(0, MAX_LINES - len(head) - len(tail)), -1, -1):
+        whole = [_cut(around.redact(line)) for line in [*head, *evidence(room), *tail]]
+        lines = _broken(whole, around.columns)
+        if len(lines) <= MAX_LINES:
+            break
+    shown = lines[: MAX_LINES - 1] + lines[-1:] if len(lines) > MAX_LINES else lines
+    if around.color:
+        shown = [f"\x1b[1;31m{shown[0]}\x1b[m", *shown[1:]]
+    return "\n".join(shown)
+
+
+def _broken(lines: Sequence[str], columns: int | None) -> list[str]:
+    """Break lines at a width, between words where that can be, each part below the first one further in."""
+    if columns is None:
+        return list(lines)
+    broken = []
+    for line in lines:
+        text = line.lstrip()
+        indent = " " * (len(line) - len(text))
+        broken += textwrap.wrap(
+            text,
+            max(columns - 1, _NARROWEST),
+            initial_indent=indent,
+            subsequent_indent=f"{indent}    ",
+            break_on_hyphens=False,
+        )
+    return broken
 
 
 def _status(outcome: Outcome) -> int:
@@ -226,23 +345,44 @@ def _frames(frames: Sequence[Sequence[object]], room: int) -> list[str]:
 
 def _is_users(path: str) -> bool:
     library = sysconfig.get_path("stdlib")
-    own = Path(distrib.__file__).parent
+    own = (f"{Path(distrib.__file__).parent}/", f"{Path(__file__).parent}/")
     return not (
-        path.startswith(("<frozen", library + "/", f"{own}/"))
+        path.startswith(("<frozen", library + "/", *own))
         or "/site-packages/" in path
         or "/dist-packages/" in path
     )
 
 
 def _others(others: Sequence[Outcome]) -> list[str]:
-    """One line for the ranks that followed, one for each that had a failure of its own (a few), one for the rest."""
+    """One line for each place at which ranks that followed stood, and for each failure of its own (a few)."""
     followed = [each for each in others if _status(each) and (each.stopped or _follows(each))]
     failed = [each for each in others if _status(each) and each not in followed]
     finished = [each for each in others if not _status(each)]
     lines = [f"  {_ranks([each])} failed too: {_brief(each)}" for each in failed[:3]]
     lines += [f"  {_ranks(failed[3:])} failed too"] if len(failed) > 3 else []
-    lines += [f"  {_ranks(followed)} followed: {_how(followed)}"] if followed else []
+    lines += _followers(followed)
     return lines + ([f"  {_ranks(finished)} finished normally"] if finished else [])
+
+
+def _followers(followed: Sequence[Outcome]) -> list[str]:
+    places: dict[str, list[Outcome]] = {}
+    for each in followed:
+        places.setdefault(_stood(each), []).append(each)
+    groups = sorted(places.items(), key=lambda item: (-len(item[1]), item[1][0].rank))
+    shown, rest = groups[:_MAX_PLACES], [each for _, group in groups[_MAX_PLACES:] for each in group]
+    lines = [f"  {_ranks(group)} followed: {_how(group)}{place}" for place, group in shown]
+    return lines + ([f"  {_ranks(rest)} followed: {_how(rest)}, each elsewhere"] if rest else [])
+
+
+def _stood(outcome: Outcome) -> str:
+    """Say where a rank stood when it was stopped, or lost its peer: in the user's code, and in which call of it."""
+    told = [(path, line, function) for path, line, function, _ in outcome.event.get("frames", ())]
+    frames = list(outcome.stood) or told[::-1]  # innermost first
+    users = next((frame for frame in frames if _is_users(frame[0])), None)
+    if users is None:
+        return ""
+    called = frames[frames.index(users) - 1][2] if frames.index(users) else ""
+    return f", at {users[0]}:{users[1]} in {users[2]}" + (f" ({called})" if called else "")
 
 
 def _brief(outcome: Outcome) -> str:
@@ -275,15 +415,24 @@ def _not_there(root: Outcome, others: Sequence[Outcome]) -> list[str]:
     return []
 
 
-def _hint(root: Outcome, oom_kills: OomKills) -> list[str]:
+def _hints(root: Outcome, oom_kills: OomKills) -> list[str]:
+    """The likely cause of a signal; the limits that may be behind an exception, or what to try about it."""
     number = _signal_of(root)
     if number == signal.SIGKILL:
         return [f"  likely cause: {oom_kills.explain_sigkill()}"]
-    return [f"  likely cause: {_CAUSES[number]}"] if number in _CAUSES else []
+    if number in _CAUSES:
+        return [f"  likely cause: {_CAUSES[number]}"]
+    text = "\n".join([str(root.event.get("type", "")), *root.event.get("lines", ())])
+    limits = [f"  likely cause: {limit}" for limit in limits_behind(text)]
+    advice = advice_on(text) if root.event.get("kind") == "exception" and not limits else ""
+    return limits or ([f"  try: {advice}"] if advice else [])
 
 
 def _interrupted(ended: Ended) -> str:
     name = signal.Signals(ended.interrupted).name
+    if not ended.outcomes:
+        code = 128 + ended.interrupted
+        return f"distrib: interrupted by {name} before any rank had started; exit code {code}"
     killed = [each for each in ended.outcomes if each.returncode == -signal.SIGKILL]
     by_force = f"; {_ranks(killed)} had to be killed" if killed else ""
     return (

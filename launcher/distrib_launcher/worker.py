@@ -1,7 +1,7 @@
 """What a worker runs before and after the user's program: `python worker.py LIFE RECORD LAUNCHER KIND TARGET [args]`.
 
 LIFE is the read end of a pipe whose write end only the launcher (process id LAUNCHER) holds; RECORD is the write end
-of a pipe on which the launcher hears how the program ended; KIND is "script", "module" or "command". The program then
+of a pipe on which the launcher hears how the program ended; KIND is "script", "module", "function" or "command". The program then
 runs as the true `__main__`, as if `python` had started it. Standard library only: this runs before the user's code.
 """
 
@@ -31,6 +31,8 @@ _MAX_WIDTH = 1000  # characters of each
 _MAX_PARTS = 20  # of an exception group
 _MAX_FRAMES = 50  # of each of them, and of a cause; the innermost
 _PR_SET_PDEATHSIG = 1
+RESULT = "result-"  # and the rank: the file with what a function has returned
+BINDING = "_DISTRIB_BINDING"  # environment variable: the rank's `numa.Binding` as JSON
 HELD_SIGNALS = (
     signal.SIGINT,
     signal.SIGTERM,
@@ -41,22 +43,51 @@ def main() -> None:
     """Tie this process to its launcher and become the user's program."""
     life, record, launcher, kind, target, *args = sys.argv[1:]
     tie_to_launcher(int(life), int(launcher))
-    os.set_inheritable(int(record), False)
     if kind == "command":
+        _bind_to_cores()
         os.set_inheritable(int(life), True)  # an open pipe is what ties the command to the launcher
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
         for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(ignored_by_python, signal.SIG_DFL)
         os.execvp(target, [target, *args])  # noqa: S606 (the user's own command, no shell)
+    become(kind, target, args, int(record))
+
+
+def become(kind: str, target: str, args: list[str], record: int) -> None:
+    """Run the program in this process, as if `python` had started it, and tell on `record` how it ended."""
+    _bind_to_cores()
     sys.argv = [target, *args]
     sys.orig_argv = [sys.executable, *(["-m"] if kind == "module" else []), target, *args]
-    recorder = Recorder(int(record))
+    os.set_inheritable(record, False)
+    recorder = Recorder(record)
     recorder.watch_signals()
     recorder.leave_errors_to_the_report()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)  # a pipe would be buffered in blocks, and lost at SIGKILL
     recorder.run(kind, target)
+
+
+def _bind_to_cores() -> None:
+    """Bind this process as the launcher has decided, before anything starts a thread; see `numa.py`."""
+    binding = os.environ.pop(BINDING, "")
+    if not binding:
+        return
+    numa = load_neighbour("numa")
+    refused = numa.bind_self(numa.Binding(*json.loads(binding)))
+    if refused:
+        print(f"distrib: warning: not bound to {refused}", file=sys.stderr)  # noqa: T201 (the rank's own output)
+
+
+def load_neighbour(name: str) -> types.ModuleType:
+    """Import a file beside this one, wherever the package is installed, under a name that nobody else has."""
+    private = f"_distrib_{name}"
+    spec = importlib.util.spec_from_file_location(private, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[private] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def tie_to_launcher(life: int, launcher: int) -> None:
@@ -109,12 +140,14 @@ class Recorder:
     def __init__(self, record: int) -> None:
         self._record, self._pid, self._signal = record, os.getpid(), 0
         self._masks: dict[int, set[signal.Signals | int]] = {}  # of threads that are forking
-        self._told = False
+        self._told = self._over = False
 
     def watch_signals(self) -> None:
         """Let SIGTERM end the program through `atexit`; a handler of the user's own replaces this one."""
         signal.signal(signal.SIGTERM, self._terminate)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+        for asked_to_end in (signal.SIGTERM, signal.SIGINT):  # tells where we stand, even in native code
+            faulthandler.register(asked_to_end, file=self._record, all_threads=False, chain=True)
         os.register_at_fork(
             before=self._hold, after_in_parent=self._let_go, after_in_child=self._forget_launcher
         )
@@ -130,8 +163,9 @@ class Recorder:
             sys.__excepthook__(kind, error, found)
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
-        raise SystemExit(128 + number)
+        if not self._over:  # else it is ending by itself
+            self._signal = number
+            raise SystemExit(128 + number)
 
     def _hold(self) -> None:
         """Keep a SIGTERM back while this thread forks: the child must get it after it has forgotten our handler."""
@@ -154,15 +188,14 @@ class Recorder:
         """Run the program; never returns normally unless it did."""
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
-            if kind == "module":
-                run_module(target)
-            else:
-                run_script(target)
+            {"module": run_module, "script": run_script, "function": run_function}[kind](target)
+            self._over = True
             if sys.__stdout__ is not None and not sys.__stdout__.closed:
                 sys.__stdout__.flush()  # an error that comes later, Python only mentions
         except BaseException as error:
             if os.getpid() != self._pid:  # a child that the program forked
                 raise
+            self._over = True
             signal.signal(
                 signal.SIGCHLD, signal.SIG_DFL
             )  # torch's handler raises, which would hide this error
@@ -321,6 +354,24 @@ def run_module(name: str) -> None:
         raise SystemExit(f"no module named {name!r} that can be run with -m")
     sys.argv[0] = spec.origin or name
     _run_spec(spec)
+
+
+def run_function(call: str) -> None:
+    """Call the function that `distrib.launch` has written to a file; write what it returns beside that.
+
+    Raises whatever the function raises.
+    """
+    import pickle  # noqa: PLC0415 (a script may not need it)
+
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    with open(call, "rb") as file:  # noqa: PTH123 (as everywhere in this file)
+        sys.path[:], sys.argv = pickle.load(file)  # noqa: S301 (from the process that started us)
+        fn, args, kwargs = pickle.load(file)  # noqa: S301
+    value = fn(*args, **kwargs)
+    import cloudpickle  # noqa: PLC0415 (the function came by it)
+
+    result = Path(call).with_name(f"{RESULT}{os.environ['RANK']}")
+    result.write_bytes(cloudpickle.dumps(value))
 
 
 def _run_spec(spec: importlib.machinery.ModuleSpec) -> None:

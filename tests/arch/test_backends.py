@@ -23,7 +23,7 @@ WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "fully_shard"
 # (file, what it compares with): why it may.
 STRATEGY_EXCEPTIONS = {
     (
-        "launcher/distrib_launcher/commands/launch.py",
+        "launcher/distrib_launcher/planning.py",
         "single",
     ): "the launcher cannot ask a strategy's capabilities, since they live in modules that load torch",
 }

@@ -26,13 +26,13 @@ PUBLIC = {
     "TopologyError": "distrib.errors",
     "TrainingError": "distrib.errors",
     "get_logger": "distrib.logging",
+    "launch": "distrib_launcher.functions",
+    "notebook_launcher": "distrib_launcher.functions",
     "set_seed": "distrib.seeding",
     "testing": "distrib.testing",
     "tracking": "distrib.tracking",
 }
-DESIGNED = (
-    "notebook_launcher", "launch", "init_empty", "find_executable_batch_size", "LocalSGD", "compat",
-)  # fmt: skip
+DESIGNED = ("init_empty", "find_executable_batch_size", "LocalSGD", "compat")
 
 PROPERTIES = (
     "device", "config", "topology", "mesh", "num_processes", "process_index", "local_process_index",

@@ -116,7 +116,12 @@ def test_each_rank_gets_its_variables_and_nothing_private(tmp_path: Path) -> Non
     assert [rank_1[name] for name in names] == ["1", "2", "1", "2", "0", "0", "127.0.0.1"]
     assert rank_1["GROUP_WORLD_SIZE"] == "1"
     assert rank_1["MASTER_PORT"] == seen["[rank 0]"]["MASTER_PORT"]
-    assert not [name for name in rank_1 if name.startswith(("DISTRIB_WORKER", "TORCHELASTIC"))]
+    of_torch = {name: value for name, value in rank_1.items() if name.startswith("TORCHELASTIC_")}
+    assert of_torch == {
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
 
 def test_threads_are_divided_unless_the_user_set_them(tmp_path: Path) -> None:

@@ -63,12 +63,12 @@ class Terminal:
 
 
 @contextmanager
-def at_terminal(*words: object, cwd: Path, columns: int = 80) -> Iterator[Terminal]:
+def at_terminal(*words: object, cwd: Path, columns: int = 80, **env: str) -> Iterator[Terminal]:
     pid, fd = pty.fork()
     if pid == 0:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         os.chdir(cwd)
-        os.execve(sys.executable, command(*words), environment())
+        os.execve(sys.executable, command(*words), environment(**{"NO_COLOR": "1", **env}))
     terminal = Terminal(pid, fd)
     try:
         yield terminal
@@ -145,6 +145,40 @@ def test_the_launcher_s_words_at_ctrl_c_start_a_line(tmp_path: Path, ranks: int,
 
     assert f"{before}distrib: Ctrl-C: asking the ranks to end" in terminal.shown
     assert terminal.shown.splitlines()[-1].startswith("distrib: interrupted by SIGINT; rank")
+
+
+def test_ranks_have_colors_and_the_report_stands_out_unless_the_terminal_has_none(tmp_path: Path) -> None:
+    text = """
+        import os, pathlib, time
+        print("here")
+        folder = pathlib.Path(os.environ["TERM"])
+        folder.mkdir(exist_ok=True)
+        (folder / os.environ["RANK"]).touch()
+        while len(list(folder.iterdir())) < 2:
+            time.sleep(0.01)
+        raise ValueError("end")
+    """
+    program = script(tmp_path, text)
+    for kind, seen in (("xterm", True), ("dumb", False)):
+        with at_terminal("-n", 2, program, cwd=tmp_path, NO_COLOR="", TERM=kind) as terminal:
+            assert terminal.end() == 1
+
+        assert ("\x1b[36m[rank 0]\x1b[m here\n" in terminal.shown) == seen
+        assert ("\x1b[33m[rank 1]\x1b[m here\n" in terminal.shown) == seen
+        assert ("\x1b[1;31mdistrib: rank " in terminal.shown) == seen
+        assert ("\x1b" in terminal.shown) == seen
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_the_report_is_broken_to_the_width_of_the_terminal(tmp_path: Path, columns: int) -> None:
+    text = "raise ValueError('one two three four five six seven eight nine ten ' * 9)"
+    with at_terminal("-n", 2, script(tmp_path, text), cwd=tmp_path, columns=columns) as terminal:
+        assert terminal.end() == 1
+
+    report = terminal.shown[terminal.shown.rindex("distrib: rank ") :].splitlines()
+    assert len(report) <= 25
+    assert max(len(line) for line in report if "/" not in line) < columns
+    assert report[-1] == "exit code 1"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -72,8 +72,8 @@ def test_all_problems_are_told_at_once(load: Any) -> None:
 
 
 def test_an_unbuilt_default_is_refused_when_it_is_set(load: Any) -> None:
-    with pytest.raises(NotBuiltError, match=r"launch\.max_restarts"):
-        load("launch: {max_restarts: 0}")
+    with pytest.raises(NotBuiltError, match=r"launch\.preempt_grace_s"):
+        load("launch: {preempt_grace_s: 300}")
 
 
 def test_the_file_of_the_variable_is_read(tmp_path: Path) -> None:
@@ -307,7 +307,6 @@ def test_a_flag_may_leave_the_options_of_the_files_strategy_idle(load: Any) -> N
         ("launch: {backend: slurm}", "local"),
         ("launch: {nnodes: 2}", "1"),
         ("launch: {nnodes: 1:4}", "1"),
-        ("launch: {start_method: fork}", "spawn"),
     ],
 )
 def test_an_unbuilt_value_is_refused_with_those_that_are_built(load: Any, text: str, available: str) -> None:

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from distrib_launcher.cli import run
-from distrib_launcher.commands.launch import most_processes
 from distrib_launcher.commands.options import flags
+from distrib_launcher.planning import choose_start_method, most_processes
 
 import distrib
+from distrib import RunConfig
 
 
 @pytest.fixture(autouse=True)
@@ -121,12 +123,15 @@ def test_a_flag_sets_its_key(capfd: pytest.CaptureFixture[str], words: list[str]
         (["--use_deepspeed"], ["D0901", "--use-deepspeed", "deepspeed"]),
         (["--nnodes", "2"], ["D0901", "--nnodes"]),
         (["--backend", "slurm"], ["D0901", "--backend"]),
-        (["--max-restarts", "1"], ["D0901", "--max-restarts"]),
-        (["--start-method", "fork"], ["D0901", "--start-method"]),
-        (["--log-dir", "logs"], ["D0901", "--log-dir"]),
+        (["--max-restarts", "-1"], ["D0106", "--max-restarts", "got -1"]),
+        (["--start-method", "forkserver"], ["D0106", "--start-method", "fork or spawn"]),
+        (["--preload", "my-module"], ["D0106", "--preload", "the name of a module"]),
+        (["--show-ranks", "first"], ["D0106", "--show-ranks", "the number of a rank"]),
+        (["-n", "2", "--show-ranks", "0,2"], ["D0314", "--show-ranks", "there is no rank 2 among 2"]),
         (["--hostfile", "hosts"], ["D0901", "--hostfile"]),
-        (["--rdzv_backend", "c10d"], ["D0901", "--rdzv-backend"]),
-        (["--machine_rank", "0"], ["D0901", "--machine-rank"]),
+        (["--rdzv_backend", "etcd"], ["D0901", "--rdzv-backend"]),
+        (["--machine_rank", "1"], ["D0901", "--machine-rank"]),
+        (["--master_addr", "10.0.0.1"], ["D0901", "--master-addr"]),
         (["-c", "none.yaml"], ["D0102", "none.yaml"]),
         (["--master-port", "99999"], ["D0106", "--master-port", "99999"]),
     ],
@@ -210,6 +215,59 @@ def test_a_dry_run_shows_the_values_too_in_whichever_order_it_is_asked_for(
     assert "seed = 1  (--seed)" in seen.pop()
 
 
+def test_what_torchrun_and_accelerate_say_of_one_machine_is_understood(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    torchrun = ["--standalone", "--nnodes=1", "--nproc_per_node=2", "--node_rank=0", "--rdzv-backend=c10d"]
+    accelerate = ["--num_processes", "2", "--num_machines", "1", "--machine_rank", "0"]
+    accelerate += ["--main_process_ip", "127.0.0.1", "--main_process_port", "0", "--mixed_precision", "no"]
+
+    for words in ([*torchrun, "--rdzv-endpoint=localhost:0"], accelerate):
+        assert "processes: 2" in shown(capfd, *words, "--dry-run", "train.py")
+
+
+def test_the_explanation_has_every_value_with_its_source(capfd: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capfd, "--seed", "4", "--explain", DISTRIB_LAUNCH__GRACE_S="3").splitlines()
+
+    assert "  seed = 4  (--seed)" in lines
+    assert "  launch.grace_s = 3.0  (DISTRIB_LAUNCH__GRACE_S)" in lines
+    assert "  data.tail = 'exact'  (default)" in lines
+    assert not any("mesh.shard" in line for line in lines)  # nobody can set it yet
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["-n", "2"], "fork (torch is loaded once for all)"),
+        (["-n", "1"], "spawn (one process)"),
+        (["-n", "2", "--start-method", "spawn"], "spawn (--start-method)"),
+        (["-n", "1", "--start-method", "fork"], "fork (--start-method)"),
+        (["-n", "2", "--no-python"], "spawn (a command)"),
+    ],
+)
+def test_the_plan_says_how_the_ranks_are_started_and_why(
+    capfd: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    program = "true" if "--no-python" in words else "train.py"
+    assert f"start method: {told}" in shown(capfd, *words, "--dry-run", program, PATH=os.environ["PATH"])
+
+
+def test_forking_is_for_linux_only() -> None:
+    method, why = choose_start_method(RunConfig(), "script", 2, "darwin")
+
+    assert (method, "darwin" in why) == ("spawn", True)
+
+
+def test_secrets_are_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    secret = "Xq93hfUq81nQwz55"
+    out = shown(
+        capfd, "--dry-run", "train.py", "--api-key", secret, f"--url=http://me:{secret}@host", HF_TOKEN=secret
+    )
+
+    assert secret not in out
+    assert "--api-key '<redacted: api-key>'" in out
+
+
 def test_no_command_shows_the_help_and_is_a_wrong_usage(capfd: pytest.CaptureFixture[str]) -> None:
     assert run([], {}) == 2
 
@@ -235,4 +293,4 @@ def test_a_mesh_of_a_file_that_needs_more_processes_is_refused(
     err = refused(capfd, "-n", "2", "-c", "run.yaml")
 
     assert err.startswith("error[D0112] run.yaml:2 (mesh.replicate): ")
-    assert "rank" not in shown(capfd, "-n", "3", "-c", "run.yaml", "--explain")
+    assert "mesh.replicate = 3  (run.yaml:2)" in shown(capfd, "-n", "3", "-c", "run.yaml", "--explain")

@@ -4,8 +4,9 @@ import signal
 from typing import Any
 
 import pytest
-from distrib_launcher.process import Ended, Outcome
-from distrib_launcher.report import MAX_LINES, exit_code, render
+from distrib_launcher.process import Ended
+from distrib_launcher.report import MAX_LINES, Circumstances, exit_code, render
+from distrib_launcher.workers import Outcome
 from hypothesis import given, strategies as st
 
 
@@ -40,7 +41,7 @@ def fine(rank: int, at: float = 1.0) -> Outcome:
 
 
 def shown(*outcomes: Outcome, interrupted: int = 0) -> list[str]:
-    return render(Ended(outcomes, interrupted), "host").splitlines()
+    return render(Ended(outcomes, interrupted), Circumstances("host")).splitlines()
 
 
 def test_success_says_nothing() -> None:
@@ -72,7 +73,7 @@ def test_a_rank_that_lost_its_peer_first_is_not_the_root_cause() -> None:
     lines = shown(lost, died(1, 1.1, signal.SIGKILL))
 
     assert lines[0] == "distrib: rank 1 (process 101 on host) failed: ended by SIGKILL"
-    assert "  rank 0 followed: lost its peer" in lines
+    assert "  rank 0 followed: lost its peer, at /home/me/train.py:7 in main" in lines
     assert any("out-of-memory" in line for line in lines)
 
 
@@ -195,7 +196,7 @@ def test_lost_output_is_a_failure_only_if_there_is_no_other() -> None:
 
 
 def test_ranks_that_followed_in_several_ways_are_counted() -> None:
-    lost = raised(2, 1.5, "DistBackendError", bases=["DistBackendError"])
+    lost = raised(2, 1.5, "DistBackendError", bases=["DistBackendError"], frames=[])
     lines = shown(asked(0, 2.0), raised(1, 1.0), lost, asked(3, 2.0))
 
     assert "  ranks 0, 2-3 followed: 2 ended by the launcher, 1 lost its peer" in lines
@@ -219,6 +220,6 @@ def test_of_a_command_only_its_exit_code_is_told() -> None:
 
 @pytest.mark.parametrize(("count", "told"), [(1, "1 process"), (2, "2 processes")])
 def test_what_ranks_left_behind_is_counted(count: int, told: str) -> None:
-    text = render(Ended((fine(0),), leftovers=count), "host")
+    text = render(Ended((fine(0),), leftovers=count), Circumstances("host"))
 
     assert text == f"distrib: ended {told} that the ranks had left behind"

@@ -8,7 +8,9 @@ from typing import Final
 from distrib.registry import Registry
 from distrib_launcher.plan import LaunchPlan
 
-Backend = Callable[[LaunchPlan, Mapping[str, str]], int]  # runs the plan to its end; returns the exit code
+Backend = Callable[
+    [LaunchPlan, Mapping[str, str], str], int
+]  # runs the plan to its end; returns the exit code
 
 BACKENDS: Final = Registry[Backend](
     "backend", "distrib.backends", {"local": "distrib_launcher.backends.local:run"}

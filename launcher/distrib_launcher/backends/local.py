@@ -2,34 +2,184 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
 
+from distrib.errors import LaunchError
 from distrib_launcher import report
+from distrib_launcher.limits import limits_behind
 from distrib_launcher.oom import count_oom_kills
-from distrib_launcher.output import say
+from distrib_launcher.output import Display, say, wants_color
 from distrib_launcher.plan import LaunchPlan
-from distrib_launcher.process import Supervisor
+from distrib_launcher.process import Ended, Supervisor
+from distrib_launcher.redaction import Redactor
+from distrib_launcher.rendezvous import ReservedPort
+from distrib_launcher.run_folder import RunFolder
+from distrib_launcher.starting import Forker, PreloadFailed, StartRefused
+
+# What the ranks would import one by one. torch._dynamo comes with the first DistributedDataParallel.
+_PRELOADED: Final = ("torch", "torch.distributed", "torch._dynamo", "distrib.accelerator")
 
 
-def run(plan: LaunchPlan, env: Mapping[str, str]) -> int:
-    """Start the plan's ranks, watch them to their end, and report. Call from the main thread.
+def run(plan: LaunchPlan, env: Mapping[str, str], announce: str) -> int:
+    """Start the plan's ranks, watch them to their end, and report; after a failure, perhaps, once more.
+
+    Call from the main thread.
 
     Args:
-        plan: With the port that is reserved.
+        plan: What to start.
         env: The environment that the ranks inherit.
+        announce: What to say when nothing stands against the start any more.
 
     Returns:
         The exit code.
+
+    Raises:
+        LaunchError: if the port is taken, the folder for logs cannot be made, or the system refuses the processes.
     """
-    before = count_oom_kills()
-    supervisor = Supervisor(grace_s=plan.grace_s, notice=_notice, follows=report.follows)
-    ended = supervisor.run(plan.workers(env))
-    text = report.render(ended, socket.gethostname(), count_oom_kills().since(before))
-    if text:
-        say(text)
-    return report.exit_code(ended)
+    return Launch(plan, env).run(announce)
+
+
+class Launch:
+    """One launch: its attempts, and what is told of them. Arguments and errors as of `run`.
+
+    Args:
+        plan: What to start.
+        env: The environment that the ranks inherit.
+        embedded: Whether this process has a life of its own, as a notebook's.
+
+    Attributes:
+        headline: The first line of the last report; empty if all went well.
+        interrupted: The signal that ended the launch from outside; 0 if none.
+    """
+
+    def __init__(self, plan: LaunchPlan, env: Mapping[str, str], *, embedded: bool = False) -> None:
+        self._plan, self._env, self._embedded = plan, env, embedded
+        self.headline, self.interrupted = "", 0
+        self._redactor = Redactor(env, plan.program.words)
+        self._redact = self._redactor.text
+        self._port = self._reserve()
+        self._folder = self._make_folder(plan.log_dir) if plan.log_dir else None
+
+    def run(self, announce: str) -> int:
+        """Run it to its end; return the exit code."""
+        where = f"\ndistrib: logs in {self._folder.path}" if self._folder else ""
+        say(self._redact(announce + where))
+        plan = self._plan
+        try:
+            with self._supervisor() as supervisor:
+                if plan.start_method == "fork":
+                    workers = plan.workers(self._env)
+                    supervisor.use(Forker(workers, supervisor.marker, _PRELOADED, plan.preload))
+                code = self._attempts(supervisor)
+        except (StartRefused, PreloadFailed, OSError) as refusal:
+            self._close(LaunchError.exit_code)
+            raise _refused(refusal) from refusal
+        finally:
+            self._port.release()
+        self._close(code)
+        return code
+
+    def _supervisor(self) -> Supervisor:
+        return Supervisor(
+            grace_s=self._plan.grace_s, notice=_notice, follows=report.follows, embedded=self._embedded
+        )
+
+    def _close(self, code: int) -> None:
+        why = self._folder.close(code) if self._folder else ""
+        if why:
+            say(f"distrib: warning: its logs do not say that the launch has ended: {why}")
+
+    def _attempts(self, supervisor: Supervisor) -> int:
+        plan = self._plan
+        while True:
+            before = count_oom_kills()
+            ended = self._attempt(plan, supervisor)
+            restarts = report.is_worth_a_restart(ended) and plan.attempt < plan.max_restarts
+            self._report(
+                ended,
+                report.Circumstances(
+                    hostname=socket.gethostname(),
+                    oom_kills=count_oom_kills().since(before),
+                    attempt=plan.attempt,
+                    max_restarts=plan.max_restarts,
+                    restarts=restarts,
+                    logs=self._logs(plan),
+                    redact=self._redact,
+                ),
+            )
+            if not restarts:
+                return report.exit_code(ended)
+            plan = replace(plan, attempt=plan.attempt + 1)
+            if self._folder:
+                self._folder.start_attempt(plan.attempt)
+            self._port.release()
+            self._port = self._reserve()
+
+    def _attempt(self, plan: LaunchPlan, supervisor: Supervisor) -> Ended:
+        if not supervisor.prepare():
+            return Ended((), supervisor.interrupted)
+        listening = self._port.listen() if supervisor.serves_store else None
+        plan = replace(plan, master_port=self._port.port, serves_store=supervisor.serves_store)
+        folder = self._folder
+        log = (lambda rank: folder.log_path(plan.attempt, rank)) if folder else None
+        display = Display(plan.shown_ranks, log, wants_color(self._env))
+        return supervisor.run(plan.workers(self._env), display, listening)
+
+    def _reserve(self) -> ReservedPort:
+        return ReservedPort(self._plan.master_port, where=self._plan.port_from)
+
+    def _make_folder(self, log_dir: Path) -> RunFolder:
+        plan = self._plan
+        about = {
+            "command": plan.program.shown(self._redactor.words),
+            "num_processes": plan.num_processes,
+            "world_size": plan.num_processes,
+            "max_restarts": plan.max_restarts,
+        }
+        return RunFolder.create(log_dir, about)
+
+    def _logs(self, plan: LaunchPlan) -> dict[int, str]:
+        folder = self._folder
+        ranks = range(plan.num_processes) if folder else ()
+        return {rank: str(folder.log_path(plan.attempt, rank)) for rank in ranks if folder}
+
+    def _report(self, ended: Ended, around: report.Circumstances) -> None:
+        text = report.render(ended, around)
+        self.headline, self.interrupted = text.partition("\n")[0], ended.interrupted
+        if not text:
+            return
+        columns = shutil.get_terminal_size().columns if os.isatty(2) else None
+        say(
+            report.render(
+                ended, replace(around, columns=columns, color=os.isatty(2) and wants_color(self._env))
+            )
+        )
+        if self._folder:
+            with suppress(OSError):  # a full disk: the report stands on the screen
+                (self._folder.path / "report.txt").write_text(text + "\n", encoding="utf-8")
+                facts = json.dumps(report.facts(ended, around), indent=1)
+                (self._folder.path / "failure.json").write_text(facts + "\n", encoding="utf-8")
+
+
+def _refused(refusal: StartRefused | PreloadFailed | OSError) -> LaunchError:
+    """Return the error for a start that the system, or a library that it loads, did not let happen."""
+    error = refusal.error if isinstance(refusal, StartRefused) else refusal
+    return LaunchError(
+        "D0313",
+        f"the ranks cannot be started: {error.strerror if isinstance(error, OSError) else error}",
+        where="; ".join(limits_behind(str(error))) or "distrib launch",
+        fix="start fewer processes, raise the limit, or free what is used up"
+        if isinstance(error, OSError)
+        else "set --start-method spawn",
+    )
 
 
 def _notice(line: str) -> None:

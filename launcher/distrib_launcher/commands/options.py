@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
 import click
@@ -32,34 +32,53 @@ _SETTINGS: Final[tuple[tuple[tuple[str, ...], str, str], ...]] = (
     (("--start-method",), "launch.start_method", "fork or spawn."),
     (("--max-restarts",), "launch.max_restarts", "Restarts after a failure."),
     (("--rdzv-timeout",), "launch.rdzv_timeout_s", "Seconds to wait for all machines."),
+    (("--preload",), "launch.preload", "Modules to load once for all ranks, beside torch."),
     (("--log-dir",), "launch.log_dir", "Folder for each rank's output."),
+    (
+        ("--show-ranks",),
+        "launch.show_ranks",
+        "Ranks whose output is shown: 0, or 0,3.",
+    ),
 )
-_ACCELERATE: Final = {  # Accelerate's names for the same keys
+_OTHER_NAMES: Final = {  # Accelerate's, and the last one torchrun's, for the same keys
     "--num-processes": "launch.nproc_per_node",
     "--num-machines": "launch.nnodes",
     "--main-process-port": "launch.master_port",
+    "--local-ranks-filter": "launch.show_ranks",
 }
 _SHORTCUTS: Final = {
     "--cpu": ("device", "cpu"),
     "--multi-gpu": ("strategy", "ddp"),
     "--use-deepspeed": ("strategy", "deepspeed"),
+    "--numa": ("launch.numa", "true"),
 }
-_NOT_BUILT: Final = (
-    *("--node-rank", "--machine-rank", "--master-addr", "--main-process-ip", "--hostfile"),
-    *("--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--rdzv-conf"),
-)
+_HERE: Final = ("localhost", "127.0.0.1")
+_SEVERAL_MACHINES: Final[dict[str, tuple[str, ...]]] = {  # what they say where there is but one machine
+    "--node-rank": ("0",),
+    "--machine-rank": ("0",),
+    "--master-addr": _HERE,
+    "--main-process-ip": _HERE,
+    "--rdzv-backend": ("static", "c10d"),
+    "--rdzv-endpoint": (*_HERE, *(f"{host}:0" for host in _HERE)),
+    "--rdzv-id": (),
+    "--rdzv-conf": (),
+    "--hostfile": (),
+}
 
 
 def setting_options() -> list[click.Parameter]:
     """Return the options; each one that is given is noted in the context's `meta[GIVEN]`."""
     return [
         *(_option(names, key, about=about) for names, key, about in _SETTINGS),
-        *(_option((name,), key, about=f"Accelerate's name of {key}.") for name, key in _ACCELERATE.items()),
+        *(_option((name,), key, about=f"Another name of {key}.") for name, key in _OTHER_NAMES.items()),
         *(
             _option((name,), key, value, about=f"Set {key} to {value}.")
             for name, (key, value) in _SHORTCUTS.items()
         ),
-        *(_unbuilt(name) for name in _NOT_BUILT),
+        *(_of_several_machines(name, here) for name, here in _SEVERAL_MACHINES.items()),
+        click.Option(
+            ["--standalone"], is_flag=True, expose_value=False, hidden=True
+        ),  # torchrun's: one machine
     ]
 
 
@@ -74,10 +93,12 @@ def _option(names: Sequence[str], key: str, value: str | None = None, *, about: 
     return click.Option(names, callback=note, expose_value=False, help=about, **shape)
 
 
-def _unbuilt(name: str) -> click.Option:
-    def refuse(_: click.Context, __: click.Parameter, given: Any) -> None:
-        if given is not None:
-            raise NotBuiltError(name, where=name)
+def _of_several_machines(name: str, here: Collection[str]) -> click.Option:
+    """Make an option that is refused, unless it says what is so on one machine anyway."""
+
+    def refuse(_: click.Context, __: click.Parameter, given: str | None) -> None:
+        if given is not None and given not in here:
+            raise NotBuiltError(f"{name} {given}", where=name)
 
     return click.Option([name], callback=refuse, expose_value=False, hidden=True)
 

@@ -1,0 +1,140 @@
+"""From settings to a plan: how many processes, how they are started, and why."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from distrib.config import RunConfig, to_wire
+from distrib.errors import ConfigError, LaunchError
+from distrib.topology import resolve_mesh
+from distrib.topology.threads import threads_per_rank, usable_cores
+from distrib_launcher.accelerators import may_use_gpus, processes_for
+from distrib_launcher.numa import cores_per_rank, machine_bindings
+from distrib_launcher.plan import LaunchPlan, Program
+from distrib_launcher.rendezvous import HOST
+
+_MOST_PROCESSES = 4096
+_OWN_FILES = 40  # of the launcher itself, generously
+
+
+class Reasons(NamedTuple):
+    """Why the plan is as it is: its number of processes, of threads, and how they are started."""
+
+    processes: str
+    threads: str
+    start_method: str
+
+
+def make_plan(program: Program, config: RunConfig, env: Mapping[str, str]) -> tuple[LaunchPlan, Reasons]:
+    """Settle what will run; return it with the reasons for what was chosen.
+
+    Args:
+        program: What every rank runs.
+        config: The settings of this launch.
+        env: The launcher's environment.
+
+    Raises:
+        LaunchError: if a rank is to be shown that there is not, or the strategy runs on one process only.
+        ConfigError: if this machine cannot hold so many processes, or the mesh needs another number of them.
+        TopologyError: if OMP_NUM_THREADS is no number.
+    """
+    count, count_reason = count_processes(config, env)
+    _check_count(count, config)
+    if config.strategy == "single" and count > 1:
+        raise LaunchError(
+            "D0310",
+            f"strategy single runs on one process, but {count} were asked for",
+            where=config.source("strategy").where,
+            fix="leave the strategy out, or start one process",
+        )
+    mesh = config.source("mesh.replicate").where
+    resolve_mesh(config.mesh.model_dump(), count, where=f"{mesh} (mesh.replicate)" if mesh else None)
+    bound = machine_bindings(count, env, gpus=may_use_gpus(config.device)) if config.launch.numa else ()
+    threads, threads_reason = _threads(env, count, cores_per_rank(bound))
+    start_method, start_reason = choose_start_method(config, program.kind, count)
+    own = config.launch
+    plan = LaunchPlan(
+        program=program,
+        num_processes=count,
+        threads=threads,
+        master_addr=HOST,
+        master_port=own.master_port,
+        config=to_wire(config),
+        grace_s=own.grace_s,
+        start_method=start_method,
+        preload=own.preload,
+        max_restarts=own.max_restarts,
+        port_from=config.source("launch.master_port").where or None,
+        log_dir=Path(own.log_dir) if own.log_dir else None,
+        shown_ranks=_shown_ranks(config, count),
+        bindings=bound,
+    )
+    return plan, Reasons(count_reason, threads_reason, start_reason)
+
+
+def _threads(env: Mapping[str, str], count: int, bound_cores: int | None) -> tuple[int, str]:
+    threads, reason = threads_per_rank(env, usable_cores(), count)
+    if bound_cores is None or bound_cores >= threads or env.get("OMP_NUM_THREADS"):
+        return threads, reason
+    return bound_cores, f"{bound_cores} of its NUMA node's cores for each rank there"
+
+
+def choose_start_method(
+    config: RunConfig, kind: str, count: int, platform: str = sys.platform
+) -> tuple[str, str]:
+    """Return "fork" or "spawn", and why."""
+    where = config.source("launch.start_method").where
+    if kind == "command":
+        return "spawn", "a command"
+    if platform != "linux":
+        return "spawn", f"forking is safe on Linux only, not on {platform}"
+    if where:
+        return config.launch.start_method, where
+    return ("spawn", "one process") if count == 1 else ("fork", "torch is loaded once for all")
+
+
+def _shown_ranks(config: RunConfig, count: int) -> frozenset[int] | None:
+    shown = config.launch.show_ranks
+    if shown == "all":
+        return None
+    if max(shown) >= count:
+        raise LaunchError(
+            "D0314",
+            f"there is no rank {max(shown)} among {count}; expected ranks from 0 to {count - 1}",
+            where=f"{config.source('launch.show_ranks').where} (launch.show_ranks)",
+            fix="correct it, or leave it out to see every rank",
+        )
+    return frozenset(shown)
+
+
+def count_processes(config: RunConfig, env: Mapping[str, str]) -> tuple[int, str]:
+    """Return how many processes this machine gets, and why."""
+    count = config.launch.nproc_per_node
+    if count != "auto":
+        return count, str(config.source("launch.nproc_per_node").where)
+    if config.strategy == "single":
+        return 1, "strategy single"
+    return processes_for(config.device, env)
+
+
+def most_processes(open_files: int) -> int:
+    """Return how many processes a launcher with this limit of open files can watch: each takes it 5 of them."""
+    return min(_MOST_PROCESSES, max(1, (open_files - _OWN_FILES) // 5))
+
+
+def _check_count(count: int, config: RunConfig) -> None:
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = most_processes(open_files if open_files != resource.RLIM_INFINITY else sys.maxsize)
+    if count > most:
+        option = config.source("launch.nproc_per_node").where
+        limit = "on one machine" if most == _MOST_PROCESSES else f"with a limit of {open_files} open files"
+        raise ConfigError(
+            "D0106",
+            f"got {count}; expected at most {most} processes {limit}",
+            where=f"{option} (launch.nproc_per_node)" if option else "launch.nproc_per_node",
+            fix="start fewer" + ("" if most == _MOST_PROCESSES else ", or raise the limit: `ulimit -n`"),
+        )

@@ -1,0 +1,302 @@
+"""Two ways to start the ranks' processes: fresh interpreters, or forks of one that has loaded what they need."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from distrib.errors import LaunchError
+from distrib_launcher import guard, preloader, worker
+
+_MAX_ANSWER = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """One process to start.
+
+    Attributes:
+        rank: Its global rank.
+        kind: "script", "module" or "command".
+        program: The script, module or command, and its arguments.
+        env: Its whole environment.
+    """
+
+    rank: int
+    kind: str
+    program: tuple[str, ...]
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What a worker gets of the launcher's descriptors.
+
+    Attributes:
+        life: It is killed when the other end of this pipe closes.
+        record: Where it tells how it ended.
+        streams: Its stdout and stderr; empty if it shares the launcher's.
+        stdin: Whether it has the launcher's stdin; else /dev/null.
+    """
+
+    life: int
+    record: int
+    streams: tuple[int, ...]
+    stdin: bool
+
+
+class PreloadFailed(Exception):  # noqa: N818 (says what happened; the launch goes on in another way)
+    """Forking is not possible; the text says why."""
+
+
+class StartRefused(Exception):  # noqa: N818 (as above)
+    """The system did not let us start all processes.
+
+    Args:
+        error: What it said.
+        started: The ids of those that were started.
+    """
+
+    def __init__(self, error: OSError, started: Sequence[int]) -> None:
+        super().__init__(str(error))
+        self.error, self.started = error, tuple(started)
+
+
+class Starter(Protocol):
+    """A way to start processes, for all attempts of one launch."""
+
+    ready_fd: int | None
+    """Becomes readable when `prepare` can be called without waiting; None when that is now."""
+    serves_store: bool
+    """Whether it serves the store over which the ranks meet, so that no rank has to."""
+
+    def prepare(self) -> None:
+        """Get ready for `start`.
+
+        Raises:
+            PreloadFailed: if it will never be able to start anything.
+            LaunchError: if the user has to mend something before.
+        """
+
+    def start(
+        self, workers: Iterable[tuple[WorkerSpec, Handed]], count: int, listening: int | None
+    ) -> list[int]:
+        """Start one process for each and return their ids.
+
+        Args:
+            workers: What to start. The descriptors of one are needed until the next one is asked for.
+            count: How many there are.
+            listening: A socket that listens where the ranks meet; for a starter that serves the store.
+
+        Raises:
+            StartRefused: by the system.
+            PreloadFailed: if it has broken down; nothing was started.
+        """
+
+    def pids(self) -> list[int]:
+        """Return its own processes."""
+
+    def end_attempt(self) -> None:
+        """End what it has started beside the workers."""
+
+    def close(self) -> None:
+        """End its own processes."""
+
+
+class Spawner:
+    """Starts a fresh interpreter for each worker, or a command.
+
+    Args:
+        marker: This launch's value of the variable `guard.MARKER`.
+    """
+
+    ready_fd: int | None = None
+    serves_store = False
+
+    def __init__(self, marker: str) -> None:
+        self._marker = marker
+
+    def prepare(self) -> None:
+        """It is always ready."""
+
+    def start(
+        self, workers: Iterable[tuple[WorkerSpec, Handed]], count: int, listening: int | None
+    ) -> list[int]:
+        """As `Starter.start`."""
+        pids: list[int] = []
+        for spec, handed in workers:
+            try:
+                pids.append(self._start(spec, handed))
+            except OSError as error:
+                raise StartRefused(error, pids) from error
+        return pids
+
+    def _start(self, spec: WorkerSpec, handed: Handed) -> int:
+        start = [sys.executable, str(Path(worker.__file__))]
+        stdout, stderr = handed.streams or (None, None)
+        with held_back():
+            process = subprocess.Popen(
+                [*start, *map(str, (handed.life, handed.record, os.getpid())), spec.kind, *spec.program],
+                env={**spec.env, guard.MARKER: self._marker},
+                stdin=None if handed.stdin else subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                pass_fds=(handed.life, handed.record),
+                start_new_session=True,
+            )
+        process.returncode = 0  # whoever watches it waits for it: `subprocess` is not to
+        return process.pid
+
+    def pids(self) -> list[int]:
+        """It has none."""
+        return []
+
+    def end_attempt(self) -> None:
+        """There is nothing to end."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+class Forker:
+    """Forks the workers from a preloader (see `preloader.py`), which begins to load at once.
+
+    Args:
+        specs: Workers like those to come: the preloader has their program on its command line, and the part of their
+            environment that they share.
+        marker: This launch's value of the variable `guard.MARKER`.
+        modules: What to load, in this order; what cannot be imported is left to the program to find out.
+        wanted: More of them, named by the user: these have to be there.
+    """
+
+    def __init__(
+        self, specs: Sequence[WorkerSpec], marker: str, modules: Sequence[str], wanted: Sequence[str]
+    ) -> None:
+        first, *others = specs
+        self._common = {
+            name: value
+            for name, value in first.env.items()
+            if all(spec.env.get(name) == value for spec in others)
+        }
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._wanted, self._store = wanted, 0
+        start = [sys.executable, str(Path(preloader.__file__)), str(theirs.fileno())]
+        with theirs, held_back():
+            self._process = subprocess.Popen(
+                [*start, ",".join([*modules, *wanted]), first.kind, *first.program],
+                env={**self._common, guard.MARKER: marker},
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        self.ready_fd: int | None = self._channel.fileno()
+        self.serves_store = False
+
+    def prepare(self) -> None:
+        """As `Starter.prepare`: read what the preloader says when it has loaded everything."""
+        if self.ready_fd is None:
+            return
+        self.ready_fd = None
+        told = self._answer()
+        missing = {name: why for name, why in told["failed"].items() if name in self._wanted}
+        if missing:
+            raise LaunchError(
+                "D0312",
+                "; ".join(f"{name} cannot be imported: {why}" for name, why in missing.items()),
+                where="launch.preload",
+                fix="install it, correct its name, or leave it out",
+            )
+        if told["unsafe"]:
+            raise PreloadFailed("; ".join(told["unsafe"]))
+        self.serves_store = told["store"]
+
+    def start(
+        self, workers: Iterable[tuple[WorkerSpec, Handed]], count: int, listening: int | None
+    ) -> list[int]:
+        """As `Starter.start`."""
+        for number, (spec, handed) in enumerate(workers):
+            first = [listening] if number == 0 and listening is not None else []
+            order = {
+                "others": count - 1,
+                "listening": bool(first),
+                "env": {name: value for name, value in spec.env.items() if self._common.get(name) != value},
+                "stdin": handed.stdin,
+                "launcher": os.getpid(),
+            }
+            self._order(order, [*first, handed.life, handed.record, *handed.streams])
+        answer = self._answer()
+        self._store = answer["store"]
+        if answer["errno"]:
+            raise StartRefused(OSError(answer["errno"], os.strerror(answer["errno"])), answer["pids"])
+        pids: list[int] = answer["pids"]
+        return pids
+
+    def _order(self, order: Mapping[str, object], fds: Sequence[int]) -> None:
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+        try:
+            self._channel.sendmsg([json.dumps(order).encode()], [rights])
+        except OSError as error:
+            raise PreloadFailed(self._how_it_ended()) from error
+
+    def _answer(self) -> dict[str, Any]:
+        try:
+            text = self._channel.recv(_MAX_ANSWER)
+        except OSError:
+            text = b""
+        if not text:
+            raise PreloadFailed(self._how_it_ended())
+        told: dict[str, Any] = json.loads(text)
+        return told
+
+    def _how_it_ended(self) -> str:
+        code = self._process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"the process that loads what the ranks need {how}"
+
+    def pids(self) -> list[int]:
+        """The preloader, and the server of the store."""
+        return [self._process.pid, *([self._store] if self._store else [])]
+
+    def end_attempt(self) -> None:
+        """End the server of the store, and with it the hold on its port."""
+        if self._store:
+            kill_and_wait(self._store)
+            self._store = 0
+
+    def close(self) -> None:
+        """End the preloader, which has nothing to lose."""
+        self.end_attempt()
+        self._process.kill()
+        self._process.wait()
+        self._channel.close()
+
+
+def kill_and_wait(pid: int) -> None:
+    """Kill a process that need not be our child, and wait until it has ended."""
+    try:
+        watched = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    os.kill(pid, signal.SIGKILL)
+    select.select([watched], [], [])
+    os.close(watched)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Block signals, for the process started meanwhile too: it unblocks them when it can handle them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, worker.HELD_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
