@@ -16,7 +16,7 @@ demo: $(VENV)/.run  ## Train a small GPT on 2 CPU processes, lose one, resume
 test: $(VENV)/.dev  ## Everything but the long runs
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(VENV)/.dev  ## Everything, with whole matrices, storms and soaks
+test-all: $(VENV)/.dev-hf  ## Everything, with whole matrices, storms and soaks, and Hugging Face's data sets
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.dev  ## Format, lint, types, layers and unit tests, in under a minute
@@ -44,6 +44,10 @@ $(VENV)/.run: setup.cfg constraints.txt
 
 $(VENV)/.dev: $(VENV)/.run
 	$(PIP) install -c $(UNPINNED) "$(TORCH)" -e ".[dev]"
+	@touch $@
+
+$(VENV)/.dev-hf: $(VENV)/.dev
+	$(PIP) install -c $(UNPINNED) "$(TORCH)" -e ".[dev,dev-hf]"
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.run

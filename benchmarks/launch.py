@@ -1,4 +1,4 @@
-"""From the command to the first DDP step of 2 processes that it starts, and the CPU time of the whole command."""
+"""From the command to the first DDP step of the processes that it starts, and the CPU time of the whole command."""
 
 import os
 import subprocess
@@ -11,20 +11,10 @@ from socket import socket
 
 from benchmarks.measure import OURS, PEER, RAW, Bar, Row, cpu_s, interleaved
 
-ROUNDS = 5
 LIMIT_S = 120
 BIN = Path(sys.executable).parent
 TORCHRUN = "torchrun"
-MAX_OF_TORCHRUN = 0.75
-COMMANDS = {
-    RAW: (),
-    TORCHRUN: (BIN / "torchrun", "--nproc-per-node", "2"),
-    PEER: (
-        *(BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no"),
-    ),  # --multi_gpu: its way to start several processes; the program stays on the CPU
-    OURS: (BIN / "distrib", "launch", "--cpu", "-n", "2"),
-}
+WORLDS = {2: (5, 0.75), 8: (3, 0.3)}  # number of processes: rounds, and at most this part of torchrun's time
 PROGRAM = """
     import os, sys, time
     import torch
@@ -44,42 +34,70 @@ PROGRAM = """
 """
 
 
+def commands(processes: int) -> dict[str, tuple[object, ...]]:
+    return {
+        RAW: (),
+        TORCHRUN: (BIN / "torchrun", "--nproc-per-node", processes),
+        PEER: (
+            *(BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", processes, "--num_machines", 1),
+            *("--mixed_precision", "no", "--dynamo_backend", "no"),
+        ),  # --multi_gpu: its way to start several processes; the program stays on the CPU
+        OURS: (BIN / "distrib", "launch", "--cpu", "-n", processes),
+    }
+
+
 def run() -> list[Row]:
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "train.py"
         program.write_text(textwrap.dedent(PROGRAM))
-        samples = interleaved(COMMANDS, lambda command: timed(command, program), ROUNDS)
-    first, cpu = (
-        Row(what, unit, {name: [value[i] for value in values] for name, values in samples.items()})
-        for i, (what, unit) in enumerate((("to the first step", "s wall"), ("whole command", "s CPU")))
-    )
-    first.bars.append(Bar(f"/ {TORCHRUN}", first.ratio(TORCHRUN), MAX_OF_TORCHRUN, target=True))
-    return [first, cpu]
+        for processes, (rounds, most) in WORLDS.items():
+            samples = interleaved(
+                commands(processes),
+                lambda command, processes=processes: timed(command, program, processes),
+                rounds,
+            )
+            first, cpu = (
+                Row(what, unit, {name: [value[i] for value in values] for name, values in samples.items()})
+                for i, (what, unit) in enumerate(
+                    (
+                        (f"{processes} processes to the first step", "s wall"),
+                        (f"the same, whole command of {processes}", "s CPU"),
+                    )
+                )
+            )
+            first.bars.append(Bar(f"/ {TORCHRUN}", first.ratio(TORCHRUN), most))
+            rows += [first, cpu]
+    return rows
 
 
-def timed(command: tuple[str, ...], program: Path) -> tuple[float, float]:
+def timed(command: tuple[object, ...], program: Path, processes: int) -> tuple[float, float]:
     """Return wall seconds until rank 0 has stepped, and CPU seconds of all processes."""
     stepped = program.with_name("stepped")
     stepped.unlink(missing_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = (program, stepped)
     start = time.clock_gettime(time.CLOCK_MONOTONIC)
-    cpu = cpu_s(lambda: finish(command, words, env) if command else by_hand(words, env))
+    cpu = cpu_s(lambda: finish(command, words, env) if command else by_hand(words, env, processes))
     return float(stepped.read_text()) - start, cpu
 
 
-def finish(command: tuple[str, ...], words: tuple[Path, ...], env: dict[str, str]) -> None:
-    subprocess.run((*command, *words), env=env, check=True, capture_output=True, timeout=LIMIT_S)
+def finish(command: tuple[object, ...], words: tuple[Path, ...], env: dict[str, str]) -> None:
+    subprocess.run([*map(str, command), *words], env=env, check=True, capture_output=True, timeout=LIMIT_S)
 
 
-def by_hand(words: tuple[Path, ...], env: dict[str, str]) -> None:
-    """Start both ranks without a launcher: what no launcher of fresh interpreters can undercut."""
+def by_hand(words: tuple[Path, ...], env: dict[str, str], processes: int) -> None:
+    """Start the ranks without a launcher: what no launcher of fresh interpreters can undercut."""
     with socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        meeting = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": str(processes),
+        }
     ranks = [
         subprocess.Popen((sys.executable, *words), env={**env, **meeting, "RANK": str(rank)})
-        for rank in range(2)
+        for rank in range(processes)
     ]
     try:
         codes = [rank.wait(LIMIT_S) for rank in ranks]

@@ -98,6 +98,14 @@ class PreparedDataLoader:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_loader":
             raise AttributeError(name)
+        if name in (
+            "state_dict",
+            "load_state_dict",
+        ):  # a stateful loader's own, which never hears of our loop
+            raise AttributeError(
+                f"a prepared loader has no {name}: its position is part of the run's checkpoint; use save_state and "
+                "load_state of the accelerator"
+            )
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[Any]:

@@ -251,7 +251,7 @@ class _Reader(IterableDataset[Any]):
         self._ranks, self._world_size, self._pads = ranks, world_size, pads
         self._key, self._start, self._layout = 0, 0, Layout(0, 1, 1, 1)
         self._state: Any = None
-        self._fresh: Any = None  # the data set's state before another one was loaded into it
+        self._fresh: tuple[Any] | None = None  # the data set's state before another one was loaded into it
 
     def begin(self, key: int, start: int, layout: Layout, state: Any) -> None:
         """Let the next iteration begin at position `start`."""
@@ -320,12 +320,12 @@ class _Reader(IterableDataset[Any]):
             return 0
         if self._state is not None:
             if self._fresh is None:
-                self._fresh = self.dataset.state_dict()
+                self._fresh = (_fresh_state(self.dataset),)
             position, state = self._state
             self.dataset.load_state_dict(state)
             return int(position)
         if self._fresh is not None:
-            self.dataset.load_state_dict(self._fresh)
+            self.dataset.load_state_dict(*self._fresh)
         return 0
 
     def _state_at(self, position: int) -> Any:
@@ -365,12 +365,26 @@ def _has_state(dataset: Any) -> bool:
 
 def _shuffles_in_a_buffer(dataset: Any) -> bool:
     """Whether Hugging Face's `shuffle(buffer_size=)` is part of it: its state leaves out the samples in the buffer."""
-    part = getattr(dataset, "_ex_iterable", None)
-    while part is not None:
+    parts: list[Any] = [getattr(dataset, "_ex_iterable", None)]
+    while parts:
+        part = parts.pop()
         if type(part).__name__ == "BufferShuffledExamplesIterable":
             return True
-        part = getattr(part, "ex_iterable", None)
+        parts += getattr(part, "ex_iterables", ())  # of interleaved and concatenated streams
+        if hasattr(part, "ex_iterable"):
+            parts.append(part.ex_iterable)
     return getattr(dataset, "_shuffling", None) is not None
+
+
+def _fresh_state(dataset: Any) -> Any:
+    """Return what `load_state_dict` takes for the data set's next loop to begin as it would now.
+
+    Hugging Face's `state_dict` stays where an earlier loop, even one look at a sample, was left, but its next loop
+    begins where the last `load_state_dict` says, and at the beginning after None.
+    """
+    if hasattr(dataset, "_starting_state_dict"):
+        return dataset._starting_state_dict
+    return dataset.state_dict()
 
 
 def _is_own(dataset: Any, options: DataOptions) -> bool:

@@ -57,6 +57,7 @@ def rank_main(
     args: Sequence[Any], kwargs: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Run the function and send (True, result) or (False, Failure)."""
+    os.setpgid(0, 0)  # what the function starts, such as data workers, is ended with it
     multiprocessing.set_start_method(
         start_method, force=True
     )  # a child of the fork server would have its own

@@ -161,6 +161,8 @@ def _read(path: Path) -> str:
 def _kill(running: list[_Rank]) -> None:
     for rank in running:
         if rank.process.is_alive():
+            with contextlib.suppress(ProcessLookupError):  # it has not got so far as to have a group
+                os.killpg(rank.process.pid or 0, signal.SIGKILL)
             rank.process.kill()
         rank.process.join()
         rank.results.close()

@@ -147,7 +147,7 @@ class Recorder:
         signal.signal(signal.SIGTERM, self._terminate)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
         for asked_to_end in (signal.SIGTERM, signal.SIGINT):  # tells where we stand, even in native code
-            faulthandler.register(asked_to_end, file=self._record, all_threads=False, chain=True)
+            faulthandler.register(asked_to_end, file=self._record, all_threads=True, chain=True)
         os.register_at_fork(
             before=self._hold, after_in_parent=self._let_go, after_in_child=self._forget_launcher
         )

@@ -9,11 +9,14 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from distrib_launcher.starting import Handed, WorkerSpec
 
 _CRASH = "Fatal Python error"  # how faulthandler begins to tell of one
+_THREAD = re.compile(r"(Current thread|Thread) 0x")
+_OWN_FOLDER = f"{Path(__file__).parent}/"
 _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 
 
@@ -149,8 +152,12 @@ class Worker:
 
 
 def _frames(lines: list[str]) -> tuple[tuple[str, int, str], ...]:
-    found = (_FRAME.match(line) for line in lines)
-    return tuple((each[1], int(each[2]), each[3]) for each in found if each)
+    """Return the main thread's frames, the program's outermost one last: it is the oldest, and stands at the end."""
+    begin = max((i for i, line in enumerate(lines) if _THREAD.match(line)), default=0)
+    found = (_FRAME.match(line) for line in lines[begin:])
+    return tuple(
+        (each[1], int(each[2]), each[3]) for each in found if each and not each[1].startswith(_OWN_FOLDER)
+    )
 
 
 def _exit_fd(pid: int) -> int:
