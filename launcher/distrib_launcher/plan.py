@@ -23,6 +23,8 @@ _OTHER_LAUNCHERS = (
     "PMI_",
     "PMIX_",
     "OMPI_COMM_",
+    "MV2_COMM_",
+    "MPI_LOCAL",
 )  # would tell a rank that it is another one's
 _EXTENSIONS = (".py", ".pyc", ".zip", ".pyz")
 

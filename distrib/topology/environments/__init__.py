@@ -13,6 +13,7 @@ ENVIRONMENTS: Registry[type[Environment]] = Registry(
     {
         "launcher": "distrib.topology.environments.launcher:LauncherEnvironment",
         "torchelastic": "distrib.topology.environments.torchelastic:TorchElasticEnvironment",
+        "mpi": "distrib.topology.environments.mpi:MpiEnvironment",
         "slurm": "distrib.topology.environments.slurm:SlurmEnvironment",
         "plain": "distrib.topology.environments.plain:PlainEnvironment",
     },

@@ -126,6 +126,21 @@ def read_rendezvous(variables: Variables) -> Rendezvous:
     )
 
 
+def check_same(variables: Variables, name: str, value: int, of: str, *, fix: str) -> None:
+    """Refuse a number that a script has set on top of the launcher's: either could be meant.
+
+    Raises:
+        TopologyError: if `name` is set to something else than `value`, which `of` says (D0203).
+    """
+    if name in variables and variables.integer(name) != value:
+        raise TopologyError(
+            "D0203",
+            f"the variables disagree: {name} is {variables.env[name]}, but {of} is {value}",
+            where=name,
+            fix=fix,
+        )
+
+
 def check_topology(topology: Topology) -> Topology:
     """Return `topology`, or raise an error that names the two values that contradict each other.
 

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from distrib.errors import TopologyError
-from distrib.topology.environments.base import Environment, Variables, check_topology, read_rendezvous
+from distrib.topology.environments.base import (
+    Environment,
+    Variables,
+    check_same,
+    check_topology,
+    read_rendezvous,
+)
 from distrib.topology.nodelist import expand_counts, expand_nodelist
 from distrib.topology.topology import Rendezvous, Topology
 
@@ -31,8 +37,12 @@ class SlurmEnvironment(Environment):
         variables = Variables(env, self.source)
         rank = variables.integer("SLURM_PROCID")
         world_size = variables.integer(variables.first("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), minimum=1)
-        _check_same(variables, "RANK", rank, "SLURM_PROCID")
-        _check_same(variables, "WORLD_SIZE", world_size, "SLURM_STEP_NUM_TASKS")
+        for name, value, of in (
+            ("RANK", rank, "SLURM_PROCID"),
+            ("WORLD_SIZE", world_size, "SLURM_STEP_NUM_TASKS"),
+        ):
+            fix = f"unset {name}, or unset SLURM_PROCID where one Slurm task starts several ranks"
+            check_same(variables, name, value, of, fix=fix)
         node_rank = variables.integer("SLURM_NODEID")
         num_nodes = variables.integer(variables.first("SLURM_STEP_NUM_NODES", "SLURM_NNODES"), minimum=1)
         return check_topology(
@@ -82,14 +92,3 @@ def _rendezvous(variables: Variables) -> Rendezvous:
 def _port(variables: Variables) -> int:
     job = variables.integer(variables.first("SLURM_JOB_ID", "SLURM_JOBID"))
     return derived_port(job, variables.integer("SLURM_STEP_ID"))
-
-
-def _check_same(variables: Variables, name: str, value: int, of: str) -> None:
-    """Refuse a rank that a script has set on top of Slurm's: either could be meant."""
-    if name in variables and variables.integer(name) != value:
-        raise TopologyError(
-            "D0203",
-            f"the variables disagree: {name} is {variables.env[name]}, but {of} is {value}",
-            where=name,
-            fix=f"unset {name}, or unset SLURM_PROCID where one Slurm task starts several ranks",
-        )
