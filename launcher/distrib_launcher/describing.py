@@ -1,4 +1,4 @@
-"""What the launcher says of a plan and of its settings before anything runs. Pure functions."""
+"""What the launcher says of a plan and of its settings before anything runs."""
 
 from __future__ import annotations
 
@@ -28,8 +28,26 @@ def start_up_lines(plan: LaunchPlan, reasons: Reasons, config: RunConfig, redact
     return [
         ", ".join([*told, f"config {_file(config)}"]),
         *(f"distrib: {each}" for each in [*overridden(config), *numa_lines(plan.bindings)]),
+        *_without_effect(plan, reasons, config),
         *_crowded(plan.num_processes),
     ]
+
+
+def _without_effect(plan: LaunchPlan, reasons: Reasons, config: RunConfig) -> list[str]:
+    """Say which settings do nothing because the ranks are fresh interpreters."""
+    if plan.start_method == "fork":
+        return []
+    asked = config.launch.start_method == "fork" and config.source("launch.start_method").where
+    names = [
+        f"{name} ({config.source(key).where})"
+        for name, key, is_set in (
+            ("start_method: fork", "launch.start_method", asked),
+            ("preload", "launch.preload", config.launch.preload),
+        )
+        if is_set
+    ]
+    why = f"each rank is started as a fresh interpreter: {reasons.start_method}"
+    return [f"distrib: warning: {name} has no effect, {why}" for name in names]
 
 
 def _device(config: RunConfig) -> str:

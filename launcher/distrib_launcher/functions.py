@@ -51,6 +51,7 @@ def launch(
             the main thread (D0316).
         ConfigError: if a setting is wrong, or `nproc` contradicts `config`.
         KeyboardInterrupt: after Ctrl-C, when the ranks have ended.
+        SystemExit: likewise after SIGTERM or SIGHUP.
     """
     frame = sys._getframe(1)
     where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -91,7 +92,7 @@ def notebook_launcher(
     given = {
         "launch.nproc_per_node": num_processes,
         "mixed_precision": mixed_precision,
-        "launch.master_port": None if use_port is None else int(use_port),
+        "launch.master_port": int(use_port) if isinstance(use_port, str) and use_port.isdecimal() else use_port,
         "launch.max_restarts": max_restarts or None,
     }
     values = {key: value for key, value in given.items() if value is not None}
@@ -127,7 +128,7 @@ def _launch(
                 where=where,
                 fix="the report above has the rank's own traceback, and what the others did",
             )
-        return [_result(call, rank) for rank in range(plan.num_processes)]
+        return [_result(call, rank, where) for rank in range(plan.num_processes)]
 
 
 def _check_place(env: Mapping[str, str], where: str) -> None:
@@ -150,7 +151,7 @@ def _write_call(
 
     try:
         what = cloudpickle.dumps((fn, tuple(args), dict(kwargs)))
-    except (TypeError, AttributeError, ValueError, pickle.PicklingError) as error:
+    except (TypeError, AttributeError, ValueError, RuntimeError, pickle.PicklingError) as error:
         raise LaunchError(
             "D0317",
             f"the function or an argument cannot be sent to the ranks: {error}",
@@ -162,6 +163,14 @@ def _write_call(
         file.write(what)
 
 
-def _result(call: Path, rank: int) -> Any:
-    with call.with_name(f"{RESULT}{rank}").open("rb") as file:
-        return pickle.load(file)  # noqa: S301 (from our own child)
+def _result(call: Path, rank: int, where: str) -> Any:
+    try:
+        data = call.with_name(f"{RESULT}{rank}").read_bytes()
+    except FileNotFoundError:
+        raise LaunchError(
+            "D0315",
+            f"rank {rank} has ended without a result, by sys.exit or os._exit",
+            where=where,
+            fix="let the function return",
+        ) from None
+    return pickle.loads(data)  # noqa: S301 (from our own child)

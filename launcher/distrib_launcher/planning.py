@@ -94,6 +94,8 @@ def choose_start_method(
         return "spawn", f"forking is safe on Linux only, not on {platform}"
     if where:
         return config.launch.start_method, where
+    if config.launch.preload:
+        return "fork", "launch.preload"
     return ("spawn", "one process") if count == 1 else ("fork", "torch is loaded once for all")
 
 

@@ -14,12 +14,15 @@ import contextlib
 import gc
 import importlib
 import importlib.util
+import io
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +30,9 @@ from typing import Any
 
 _MAX_MESSAGE = 1 << 20  # bytes
 _MAX_FDS = 8
+_MAX_REASON = 2000  # characters
 _MOMENT_S = 0.0005
+_HELD = (signal.SIGINT, signal.SIGTERM)
 _STORE = "distrib.collectives.store"  # knows how to serve one
 _DEVICES = "distrib.devices"  # knows which of them have been touched; both are there only if torch is
 
@@ -39,8 +44,10 @@ def main() -> None:
         sys.path.pop(0)  # this file's folder, where a module may have the name of somebody else's
     channel = socket.socket(fileno=int(control))
     channel.set_inheritable(False)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)  # what the modules start is not to have them blocked
     loaded = preload([name for name in modules.split(",") if name])
     _send(channel, loaded)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)  # until a rank can handle them
     rank = _serve(channel)
     channel.detach()  # closed in a rank: the object must not close whatever has its number then
     if not getattr(sys.flags, "safe_path", False):
@@ -64,7 +71,7 @@ def preload(modules: list[str]) -> dict[str, Any]:
         try:
             importlib.import_module(name)
         except BaseException as error:  # noqa: BLE001 (the program will see it again, and tell it better)
-            failed[name] = f"{type(error).__name__}: {error}"
+            failed[name] = f"{type(error).__name__}: {error}"[:_MAX_REASON]
         if threading.active_count() > threads:
             unsafe.append(f"importing {name} has started {threading.active_count() - threads} threads")
             threads = threading.active_count()
@@ -109,10 +116,12 @@ def _serve(channel: socket.socket) -> _Rank:
             store = None
         if orders is None:
             os._exit(0)
-        ranks = [(orders, fds)] + [_receive(channel) for _ in range(orders["others"])]
         try:
             if orders["listening"]:
-                store = _Store(fds.pop(0), channel)
+                store = _Store(fds.pop(0), [channel.fileno(), *fds])
+            ranks = [(orders, fds)] + [_receive(channel) for _ in range(orders["others"])]
+            if any(order is None for order, _ in ranks):
+                os._exit(1)  # the launcher has gone, or could not tell us everything
             rank, answer = _fork_ranks(ranks, [channel.fileno(), *([store.life] if store else [])])
         except OSError as error:
             rank, answer = None, {"pids": [], "errno": error.errno}
@@ -188,19 +197,19 @@ class _Store:
 
     Args:
         listening: The socket on which it listens.
-        channel: What that process has no business with.
+        others: Descriptors that it has no business with.
 
     Attributes:
         pid: The process.
         life: The descriptor whose closing ends it.
     """
 
-    def __init__(self, listening: int, channel: socket.socket) -> None:
+    def __init__(self, listening: int, others: list[int]) -> None:
         life, self.life = os.pipe()
         self.pid = os.fork()
         if not self.pid:
-            os.close(self.life)
-            channel.close()
+            for fd in (self.life, *others):
+                os.close(fd)
             self._serve(listening, life)
         os.close(listening)
         os.close(life)
@@ -210,6 +219,8 @@ class _Store:
             server = importlib.import_module(_STORE).serve(listening)
             os.read(life, 1)
             del server
+        except BaseException:  # noqa: BLE001 (it goes no further)
+            traceback.print_exc()
         finally:
             os._exit(0)
 
@@ -225,8 +236,10 @@ def _reopen_streams() -> None:
         before = getattr(sys, name)
         if before is None:
             continue
-        stream = open(  # noqa: SIM115 (a descriptor that stays open)
-            fd, mode, encoding=before.encoding, errors=before.errors, closefd=False, buffering=1
+        unbuffered = bool(os.environ.get("PYTHONUNBUFFERED")) and mode == "w"
+        raw = open(fd, f"{mode}b", 0 if unbuffered else -1, closefd=False)  # noqa: SIM115 (stays open)
+        stream = io.TextIOWrapper(
+            raw, before.encoding, before.errors, line_buffering=True, write_through=unbuffered
         )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
@@ -240,9 +253,10 @@ def flush() -> None:
 
 
 def _receive(channel: socket.socket) -> tuple[Any, list[int]]:
-    """Return one order and its descriptors; None if the launcher has closed its end."""
-    text, fds, _, _ = socket.recv_fds(channel, _MAX_MESSAGE, _MAX_FDS)
-    return (json.loads(text) if text else None), fds
+    """Return one order and its descriptors; None if the launcher has closed its end, or not all of it came."""
+    text, fds, flags, _ = socket.recv_fds(channel, _MAX_MESSAGE, _MAX_FDS)
+    is_whole = text and not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
+    return (json.loads(text) if is_whole else None), fds
 
 
 def _send(channel: socket.socket, message: dict[str, Any]) -> None:

@@ -23,6 +23,8 @@ from distrib_launcher.starting import Handed, PreloadFailed, Spawner, Starter, S
 from distrib_launcher.workers import Outcome, Worker
 
 _LEFTOVER_GRACE_S = 1.0  # for processes that the ranks left behind, after the ranks themselves have ended
+_LOAD_LIMIT_S = 600.0  # of a preloader: a network file system can be that slow
+_START_LIMIT_S = 60.0  # from the order to the ranks
 _CAUSE_WAIT_S = 1.0  # a rank that closes its group while it fails loses its peers before it has told why
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -114,6 +116,7 @@ class Supervisor:
         self._begin()
 
     def _begin(self) -> None:
+        """Forget the attempt before, whose processes and pipes are gone."""
         self._workers: list[Worker] = []
         self._stop_at: float | None = None
         self._deadline: float | None = None
@@ -126,10 +129,10 @@ class Supervisor:
             self._selector = stack.enter_context(selectors.DefaultSelector())
             stack.enter_context(_signals(self._selector))
             self._strangers = {process.pid for process in guard.processes() if process.parent == os.getpid()}
-            stack.enter_context(_adopting_orphans())
+            self._adopts = stack.enter_context(_adopting_orphans())
             self._guard = _Guard(self.marker)
             stack.callback(self._guard.dismiss)
-            stack.callback(self._close_starter)
+            stack.callback(self._end_all)
             self._stack = stack.pop_all()
         return self
 
@@ -138,14 +141,23 @@ class Supervisor:
     ) -> None:
         self._stack.close()
 
-    def _close_starter(self) -> None:
-        self._starter.close()  # whichever it is by then
+    def _end_all(self) -> None:
+        """End the starter, and after an error the workers too."""
+        self._starter.close()
+        for one in self._workers:
+            one.send(signal.SIGKILL)
+            if one.returncode is None and one.pid:
+                one.reap()
+            one.release()
+        self._end_leftovers()
 
     def use(self, starter: Starter) -> None:
         """Start the workers in another way than as fresh interpreters, and take over the starter's end."""
         self._starter = starter
         for pid in starter.pids():
             self._watch(pid)
+        if not self._adopts:
+            self._do_without(PreloadFailed("the system does not let this process adopt others"))
 
     def prepare(self) -> bool:
         """Wait until workers can be started; return whether they still are to be: nobody has interrupted us.
@@ -153,10 +165,7 @@ class Supervisor:
         Raises:
             LaunchError: of the starter, if the user has to mend something before.
         """
-        if self._starter.ready_fd is not None:
-            self._selector.register(self._starter.ready_fd, selectors.EVENT_READ, ("ready", None))
-            while self._starter.ready_fd is not None and not self._interrupted:
-                self._wait()
+        self._wait_for_starter(_LOAD_LIMIT_S)
         self._wait(0)
         return not self._interrupted
 
@@ -171,7 +180,11 @@ class Supervisor:
         return self._starter.serves_store
 
     def run(
-        self, specs: Sequence[WorkerSpec], display: Display | None = None, listening: int | None = None
+        self,
+        specs: Sequence[WorkerSpec],
+        display: Display | None = None,
+        listening: int | None = None,
+        handed_over: Callable[[], None] = lambda: None,
     ) -> Ended:
         """Start the workers, wait for their end, and leave no process behind.
 
@@ -183,54 +196,81 @@ class Supervisor:
             specs: The workers.
             display: How their output is shown and kept.
             listening: A socket that listens where the ranks meet, if `serves_store`.
+            handed_over: Called when others hold that socket.
 
         Raises:
             StartRefused: if the system did not let us start all of them; those that started have ended.
+            PreloadFailed: if the starter has broken down.
         """
-        self._begin()
         refused = self._start(specs, display or Display(), listening)
+        handed_over()
         while any(one.returncode is None for one in self._workers):
             self._wait()
         stopped_s = time.monotonic() - self._stop_at if self._stop_at is not None else 0.0
+        if self._starter.store_fd is not None:
+            self._forget(self._starter.store_fd)
         self._starter.end_attempt()
         leftovers = self._end_leftovers()
         self._drain()
         outcomes = tuple(one.outcome(self._stop_at) for one in self._workers)
+        lost, log_lost = (self._pump.lost, self._pump.log_lost) if self._pump is not None else ("", "")
         for one in self._workers:
             self._forget(one.record_fd)
             one.release()
+        self._begin()
         if refused is not None:
             raise refused
-        lost, log_lost = (self._pump.lost, self._pump.log_lost) if self._pump is not None else ("", "")
         return Ended(outcomes, self._interrupted, leftovers, stopped_s, lost, log_lost)
 
     def _start(
         self, specs: Sequence[WorkerSpec], display: Display, listening: int | None
     ) -> StartRefused | None:
-        capture = display.captures(len(specs))
-        workers: list[Worker] = []
-        handed = closing(_hand_out(specs, workers, capture=capture))
-        refused, self._starting = None, True  # nobody reaps a process that is not known yet
+        capture, workers, refused = display.captures(len(specs)), self._workers, None
+        self._starting = True  # nobody reaps a process that is not known yet
         try:
-            with handed as each:
-                pids = list(self._starter.start(each, len(specs), listening))
+            with closing(_hand_out(specs, workers, capture=capture)) as handed:
+                self._starter.start(handed, len(specs), listening)
+            self._wait_for_starter(_START_LIMIT_S)
         except StartRefused as refusal:
-            refused, pids = refusal, list(refusal.started)
+            refused = refusal
+        pids = [] if self._starter.waits_on is not None else self._starter.started
         for one, pid in zip(workers, pids, strict=False):
             one.started(pid)
             self._watch(pid)
             self._selector.register(one.exit_fd, selectors.EVENT_READ, ("exit", one))
             self._selector.register(one.record_fd, selectors.EVENT_READ, ("record", one))
         self._starting = False
-        for one in workers[len(pids) :]:
-            one.release()
-        self._workers = workers[: len(pids)]
+        if self._starter.store_fd is not None:
+            self._selector.register(self._starter.store_fd, selectors.EVENT_READ, ("store", None))
         if capture:
             self._pump = Pump(display.sources([(one.rank, one.streams) for one in workers]))
             self._pump.start()
+        for one in workers[len(pids) :]:
+            one.release()
+        del workers[len(pids) :]
+        if self._interrupted:  # while they were being started: they have not heard of it
+            self._stop(signal.SIGTERM)
         if refused is not None:
             self._stop(signal.SIGKILL)
         return refused
+
+    def _wait_for_starter(self, limit_s: float) -> None:
+        """Wait for what the starter waits for, unless we are interrupted.
+
+        Raises:
+            PreloadFailed, StartRefused, LaunchError: of the starter.
+        """
+        waits_on, until = self._starter.waits_on, time.monotonic() + limit_s
+        if waits_on is None:
+            return
+        self._selector.register(waits_on, selectors.EVENT_READ, ("starter", None))
+        try:
+            while self._starter.waits_on is not None and not self._interrupted:
+                if time.monotonic() > until:
+                    raise PreloadFailed("the process that loads what the ranks need does not answer")
+                self._wait(1)
+        finally:
+            self._forget(waits_on)
 
     def _watch(self, pid: int) -> None:
         known = guard.read_process(pid)
@@ -240,14 +280,17 @@ class Supervisor:
     def _wait(self, at_most_s: float | None = None) -> None:
         """Wait for one thing to happen, and act on it."""
         dues = [due - time.monotonic() for due in (self._deadline, self._cause_by) if due is not None]
-        timeout = min((max(0.0, due) for due in dues), default=at_most_s)
-        for key, _ in self._selector.select(timeout):
+        limits = [max(0.0, due) for due in dues] + ([] if at_most_s is None else [at_most_s])
+        for key, _ in self._selector.select(min(limits, default=None)):
             what, one = key.data
             if what == "signal":
                 self._on_signals(os.read(key.fd, 4096))
-            elif what == "ready":
+            elif what == "starter":
                 self._selector.unregister(key.fd)
-                self._on_ready()
+                self._on_starter()
+            elif what == "store":
+                self._selector.unregister(key.fd)
+                self._on_store_lost()
             elif what == "exit":
                 one.reap()
                 self._selector.unregister(one.exit_fd)
@@ -258,13 +301,24 @@ class Supervisor:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._kill()
 
-    def _on_ready(self) -> None:
+    def _on_starter(self) -> None:
         try:
-            self._starter.prepare()
+            self._starter.take()
         except PreloadFailed as why:
-            self._starter.close()
-            self._starter = Spawner(self.marker)
-            self._say(f"distrib: warning: {why}; each rank is started as a fresh interpreter instead")
+            if self._starting:
+                raise
+            self._do_without(why)
+
+    def _do_without(self, why: PreloadFailed) -> None:
+        self._starter.close()
+        self._starter = Spawner(self.marker)
+        self._say(f"distrib: warning: {why}; each rank is started as a fresh interpreter instead")
+
+    def _on_store_lost(self) -> None:
+        """Without the store the ranks could not even tell each other that they have failed."""
+        if self._stop_at is None:
+            self._say("distrib: the process that serves the ranks' store has ended; ending the ranks")
+            self._stop(signal.SIGTERM)
 
     def _on_failure(self) -> None:
         """Stop everybody, but not before the rank that the failed ones lost has had a moment to tell why."""
@@ -278,6 +332,8 @@ class Supervisor:
         for number in numbers:
             if number == signal.SIGCHLD:
                 self._reap_orphans()
+            elif number not in _STOP_SIGNALS:
+                continue  # one that this process handles for itself
             elif number == signal.SIGINT and self._stop_at is not None:
                 self._interrupted = self._interrupted or number
                 if self._deadline is not None:
@@ -360,9 +416,12 @@ class Supervisor:
                     self._pump.join()
                     self._pump.close()
                     return
-                if key.data[0] == "signal" and set(os.read(key.fd, 4096)) & set(map(int, _STOP_SIGNALS)):
-                    self._selector.unregister(self._pump.ended_fd)
-                    return
+                if key.data[0] == "signal":
+                    asked = [n for n in os.read(key.fd, 4096) if n in _STOP_SIGNALS]
+                    if asked:
+                        self._interrupted = self._interrupted or asked[0]
+                        self._selector.unregister(self._pump.ended_fd)
+                        return
                 if key.data[0] == "record":
                     self._selector.unregister(key.fd)
 
@@ -421,16 +480,15 @@ def _wait_for(pids: Sequence[int], timeout_s: float) -> bool:
 
 
 @contextmanager
-def _adopting_orphans() -> Iterator[None]:
-    """Be the parent of what the workers leave behind, so that it can be found."""
+def _adopting_orphans() -> Iterator[bool]:
+    """Be the parent of what the workers leave behind, so that it can be found; yield whether that is so."""
     if sys.platform != "linux":
-        yield
+        yield False
         return
     libc, before = ctypes.CDLL(None), ctypes.c_int()
     libc.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(before))
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:
-        yield
+        yield libc.prctl(_PR_SET_CHILD_SUBREAPER, 1) == 0
     finally:
         libc.prctl(_PR_SET_CHILD_SUBREAPER, before.value)
 
@@ -451,6 +509,7 @@ def _signals(selector: selectors.BaseSelector) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before_fd)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # else it was not installed from Python, and cannot be put back
+                signal.signal(number, handler)
         os.close(read)
         os.close(write)

@@ -50,6 +50,10 @@ class ReservedPort:
         self._socket.listen(_QUEUE)
         return self._socket.fileno()
 
+    def let_go(self) -> None:
+        """Close our end of a socket that others hold by now: else who comes when they are gone would wait for ever."""
+        self._socket.close()
+
     def __enter__(self) -> ReservedPort:
         return self
 

@@ -53,6 +53,7 @@ _LOST_CONNECTION = (  # what else is said then, but of other connections too
 _USAGE = 2
 _TIMEOUT = 124  # as of the command `timeout`
 _NARROWEST = 20  # columns
+_MAX_TAIL = 14  # lines of a report that are not the cause's own
 _MAX_PLACES = 3  # where ranks stood, one line each
 _CAUSES = {
     signal.SIGSEGV: "a crash in native code: a library built for another torch or driver, or a bad pointer in an "
@@ -138,7 +139,7 @@ def render(ended: Ended, around: Circumstances) -> str:
         *_log_lines(root, around.logs),
         _last_line(ended, around),
     ]
-    return _fitted(head, lambda room: _evidence(root, room), tail, around)
+    return _fitted(head, lambda room: _evidence(root, room, around.redact), tail, around)
 
 
 def is_worth_a_restart(ended: Ended) -> bool:
@@ -196,13 +197,24 @@ def _fitted(
     head: Sequence[str], evidence: Callable[[int], list[str]], tail: Sequence[str], around: Circumstances
 ) -> str:
     """Join the parts, with as much evidence as leaves at most `MAX_LINES` lines on the screen."""
-    lines: list[str] = []
-    for room in range(max(0, MAX_LINES - len(head) - len(tail)), -1, -1):
-        whole = [_cut(around.redact(line)) for line in [*head, *evidence(room), *tail]]
-        lines = _broken(whole, around.columns)
-        if len(lines) <= MAX_LINES:
+
+    def whole(lines: Sequence[str]) -> list[str]:
+        return [_cut(around.redact(line)) for line in lines]
+
+    end = _broken(whole(tail), around.columns)
+    if len(end) > _MAX_TAIL:  # the cause comes before what others said of it
+        width = around.columns or _MAX_WIDTH
+        short = [narrowed(line, max(width - 1, _NARROWEST)) for line in whole(tail)]
+        end = [*short[: _MAX_TAIL - 1], short[-1]] if len(short) > _MAX_TAIL else short
+    begin = _broken(whole(head), around.columns)
+    middle: list[str] = []
+    for room in range(max(0, MAX_LINES - len(begin) - len(end)), -1, -1):
+        middle = _broken(whole(evidence(room)), around.columns)
+        if len(begin) + len(middle) + len(end) <= MAX_LINES:
             break
-    shown = lines[: MAX_LINES - 1] + lines[-1:] if len(lines) > MAX_LINES else lines
+    shown = [*begin, *middle, *end]
+    if len(shown) > MAX_LINES:  # a headline of many lines
+        shown = [*shown[: MAX_LINES - len(end)], *end]
     if around.color:
         shown = [f"\x1b[1;31m{shown[0]}\x1b[m", *shown[1:]]
     return "\n".join(shown)
@@ -271,8 +283,8 @@ def _headline(root: Outcome, alike: Sequence[Outcome], hostname: str) -> str:
 
 def _what(outcome: Outcome) -> str:
     number = _signal_of(outcome)
-    if number is not None:
-        return f"ended by {number.name}"
+    if number is not None or outcome.returncode < 0:
+        return f"ended by {number.name if number else f'signal {-outcome.returncode}'}"
     if outcome.event.get("kind") == "exception":
         return str(outcome.event["type"])
     if outcome.event.get("kind") == "exit":
@@ -293,9 +305,10 @@ def _needs_room(lines: Sequence[str]) -> bool:
     return len(lines) > 1 or any(len(line) > _MAX_MESSAGE_WIDTH for line in lines)
 
 
-def _evidence(root: Outcome, room: int) -> list[str]:
+def _evidence(root: Outcome, room: int, redact: Callable[[str], str] = str) -> list[str]:
     """The Python stack at a crash, the exception with its frames, or what `sys.exit` was told."""
-    event, lines = root.event, root.event.get("lines", ())
+    event = root.event
+    lines = redact("\n".join(event.get("lines", ()))).split("\n") if event.get("lines") else []
     if _signal_of(root) is not None:
         return [f"  {line}" for line in root.crash.splitlines() if line.strip()][:room]
     if event.get("kind") != "exception" and not _needs_room(lines):
@@ -390,8 +403,8 @@ def _brief(outcome: Outcome) -> str:
 
 
 def _how(followed: Sequence[Outcome]) -> str:
-    lost = sum(1 for each in followed if not each.stopped or _follows(each))
-    killed = sum(1 for each in followed if each.returncode == -signal.SIGKILL)
+    killed = sum(1 for each in followed if _was_killed(each))
+    lost = sum(1 for each in followed if not _was_killed(each) and (not each.stopped or _follows(each)))
     asked = len(followed) - lost - killed
     parts = [
         (asked, "ended by the launcher"),
@@ -400,6 +413,10 @@ def _how(followed: Sequence[Outcome]) -> str:
     ]
     told = [(count, what) for count, what in parts if count]
     return told[0][1] if len(told) == 1 else ", ".join(f"{count} {what}" for count, what in told)
+
+
+def _was_killed(outcome: Outcome) -> bool:
+    return outcome.stopped and outcome.returncode == -signal.SIGKILL
 
 
 def _not_there(root: Outcome, others: Sequence[Outcome]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import os
 import select
@@ -20,6 +21,7 @@ from distrib.errors import LaunchError
 from distrib_launcher import guard, preloader, worker
 
 _MAX_ANSWER = 1 << 20  # bytes
+_PATIENCE_S = 20.0  # for an order to be taken: the preloader has nothing else to do
 
 
 @dataclass(frozen=True)
@@ -61,38 +63,41 @@ class PreloadFailed(Exception):  # noqa: N818 (says what happened; the launch go
 
 
 class StartRefused(Exception):  # noqa: N818 (as above)
-    """The system did not let us start all processes.
+    """The system did not let us start all processes; `Starter.started` has those that were.
 
     Args:
         error: What it said.
-        started: The ids of those that were started.
     """
 
-    def __init__(self, error: OSError, started: Sequence[int]) -> None:
+    def __init__(self, error: OSError) -> None:
         super().__init__(str(error))
-        self.error, self.started = error, tuple(started)
+        self.error = error
 
 
 class Starter(Protocol):
-    """A way to start processes, for all attempts of one launch."""
+    """A way to start processes, for all attempts of one launch.
 
-    ready_fd: int | None
-    """Becomes readable when `prepare` can be called without waiting; None when that is now."""
+    Attributes:
+        waits_on: Becomes readable when `take` can be called; None while there is nothing to wait for.
+        serves_store: Whether it serves the store over which the ranks meet, so that no rank has to.
+        store_fd: Becomes readable when the store has ended; None where it serves none now.
+    """
+
+    waits_on: int | None
     serves_store: bool
-    """Whether it serves the store over which the ranks meet, so that no rank has to."""
+    store_fd: int | None
 
-    def prepare(self) -> None:
-        """Get ready for `start`.
+    def take(self) -> None:
+        """Take note of what has come.
 
         Raises:
             PreloadFailed: if it will never be able to start anything.
+            StartRefused: by the system.
             LaunchError: if the user has to mend something before.
         """
 
-    def start(
-        self, workers: Iterable[tuple[WorkerSpec, Handed]], count: int, listening: int | None
-    ) -> list[int]:
-        """Start one process for each and return their ids.
+    def start(self, workers: Iterable[tuple[WorkerSpec, Handed]], count: int, listening: int | None) -> None:
+        """Start one process for each; `started` has their ids as soon as there is nothing more to wait for.
 
         Args:
             workers: What to start. The descriptors of one are needed until the next one is asked for.
@@ -101,8 +106,12 @@ class Starter(Protocol):
 
         Raises:
             StartRefused: by the system.
-            PreloadFailed: if it has broken down; nothing was started.
+            PreloadFailed: if it has broken down.
         """
+
+    @property
+    def started(self) -> list[int]:
+        """The processes of the last `start`, in its order."""
 
     def pids(self) -> list[int]:
         """Return its own processes."""
@@ -121,26 +130,25 @@ class Spawner:
         marker: This launch's value of the variable `guard.MARKER`.
     """
 
-    ready_fd: int | None = None
+    waits_on: int | None = None
     serves_store = False
+    store_fd: int | None = None
 
     def __init__(self, marker: str) -> None:
         self._marker = marker
+        self.started: list[int] = []
 
-    def prepare(self) -> None:
-        """It is always ready."""
+    def take(self) -> None:
+        """There is nothing to wait for."""
 
-    def start(
-        self, workers: Iterable[tuple[WorkerSpec, Handed]], count: int, listening: int | None
-    ) -> list[int]:
+    def start(self, workers: Iterable[tuple[WorkerSpec, Handed]], count: int, listening: int | None) -> None:
         """As `Starter.start`."""
-        pids: list[int] = []
-        for spec, handed in workers:
-            try:
-                pids.append(self._start(spec, handed))
-            except OSError as error:
-                raise StartRefused(error, pids) from error
-        return pids
+        self.started = []
+        try:
+            for spec, handed in workers:
+                self.started.append(self._start(spec, handed))
+        except OSError as error:
+            raise StartRefused(error) from error
 
     def _start(self, spec: WorkerSpec, handed: Handed) -> int:
         start = [sys.executable, str(Path(worker.__file__))]
@@ -190,7 +198,8 @@ class Forker:
             if all(spec.env.get(name) == value for spec in others)
         }
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._wanted, self._store = wanted, 0
+        self._channel.settimeout(_PATIENCE_S)
+        self._wanted, self._store, self._is_ready = wanted, 0, False
         start = [sys.executable, str(Path(preloader.__file__)), str(theirs.fileno())]
         with theirs, held_back():
             self._process = subprocess.Popen(
@@ -199,15 +208,22 @@ class Forker:
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
-        self.ready_fd: int | None = self._channel.fileno()
+        self.started: list[int] = []
+        self.waits_on: int | None = self._channel.fileno()
         self.serves_store = False
+        self.store_fd: int | None = None
 
-    def prepare(self) -> None:
-        """As `Starter.prepare`: read what the preloader says when it has loaded everything."""
-        if self.ready_fd is None:
-            return
-        self.ready_fd = None
+    def take(self) -> None:
+        """As `Starter.take`: first what the preloader says when it has loaded everything, then of each start."""
+        self.waits_on = None
         told = self._answer()
+        if self._is_ready:
+            self._take_start(told)
+        else:
+            self._take_load(told)
+
+    def _take_load(self, told: Mapping[str, Any]) -> None:
+        self._is_ready = True
         missing = {name: why for name, why in told["failed"].items() if name in self._wanted}
         if missing:
             raise LaunchError(
@@ -220,38 +236,41 @@ class Forker:
             raise PreloadFailed("; ".join(told["unsafe"]))
         self.serves_store = told["store"]
 
-    def start(
-        self, workers: Iterable[tuple[WorkerSpec, Handed]], count: int, listening: int | None
-    ) -> list[int]:
+    def _take_start(self, told: Mapping[str, Any]) -> None:
+        self.started, self._store = told["pids"], told["store"]
+        if self._store:
+            self.store_fd = os.pidfd_open(self._store)
+        if told["errno"]:
+            raise StartRefused(OSError(told["errno"], os.strerror(told["errno"])))
+
+    def start(self, workers: Iterable[tuple[WorkerSpec, Handed]], count: int, listening: int | None) -> None:
         """As `Starter.start`."""
-        for number, (spec, handed) in enumerate(workers):
-            first = [listening] if number == 0 and listening is not None else []
-            order = {
-                "others": count - 1,
-                "listening": bool(first),
-                "env": {name: value for name, value in spec.env.items() if self._common.get(name) != value},
-                "stdin": handed.stdin,
-                "launcher": os.getpid(),
-            }
-            self._order(order, [*first, handed.life, handed.record, *handed.streams])
-        answer = self._answer()
-        self._store = answer["store"]
-        if answer["errno"]:
-            raise StartRefused(OSError(answer["errno"], os.strerror(answer["errno"])), answer["pids"])
-        pids: list[int] = answer["pids"]
-        return pids
+        self.started, self.waits_on = [], self._channel.fileno()
+        try:
+            for number, (spec, handed) in enumerate(workers):
+                first = [listening] if number == 0 and listening is not None else []
+                order = {
+                    "others": count - 1,
+                    "listening": bool(first),
+                    "env": {name: text for name, text in spec.env.items() if self._common.get(name) != text},
+                    "stdin": handed.stdin,
+                    "launcher": os.getpid(),
+                }
+                self._order(order, [*first, handed.life, handed.record, *handed.streams])
+        except OSError as error:
+            raise StartRefused(error) from error
 
     def _order(self, order: Mapping[str, object], fds: Sequence[int]) -> None:
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
         try:
             self._channel.sendmsg([json.dumps(order).encode()], [rights])
-        except OSError as error:
+        except (ConnectionError, TimeoutError) as error:
             raise PreloadFailed(self._how_it_ended()) from error
 
     def _answer(self) -> dict[str, Any]:
         try:
             text = self._channel.recv(_MAX_ANSWER)
-        except OSError:
+        except (ConnectionError, TimeoutError):
             text = b""
         if not text:
             raise PreloadFailed(self._how_it_ended())
@@ -259,9 +278,14 @@ class Forker:
         return told
 
     def _how_it_ended(self) -> str:
-        code = self._process.wait()
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return f"the process that loads what the ranks need {how}"
+        what = "the process that loads what the ranks need"
+        try:
+            code = self._process.wait(1)
+        except subprocess.TimeoutExpired:
+            return f"{what} does not answer"
+        return (
+            f"{what} was ended by {signal.Signals(-code).name}" if code < 0 else f"{what} ended with {code}"
+        )
 
     def pids(self) -> list[int]:
         """The preloader, and the server of the store."""
@@ -269,9 +293,15 @@ class Forker:
 
     def end_attempt(self) -> None:
         """End the server of the store, and with it the hold on its port."""
-        if self._store:
-            kill_and_wait(self._store)
-            self._store = 0
+        if self.store_fd is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._store, signal.SIGKILL)
+        ended = select.poll()
+        ended.register(self.store_fd, select.POLLIN)
+        ended.poll()
+        os.close(self.store_fd)
+        self.store_fd = None
 
     def close(self) -> None:
         """End the preloader, which has nothing to lose."""
@@ -279,17 +309,9 @@ class Forker:
         self._process.kill()
         self._process.wait()
         self._channel.close()
-
-
-def kill_and_wait(pid: int) -> None:
-    """Kill a process that need not be our child, and wait until it has ended."""
-    try:
-        watched = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    os.kill(pid, signal.SIGKILL)
-    select.select([watched], [], [])
-    os.close(watched)
+        if self._store:
+            with contextlib.suppress(ChildProcessError):  # handed to us when the preloader ended
+                os.waitpid(self._store, 0)
 
 
 @contextmanager

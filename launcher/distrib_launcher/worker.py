@@ -27,7 +27,8 @@ from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 _MAX_LINES = 200  # of an exception's message that travel to the launcher, from both of its ends
-_MAX_WIDTH = 1000  # characters of each
+_MAX_WIDTH = 3000  # characters of each
+_LONG_WORD = 300  # characters, more than a secret has
 _MAX_PARTS = 20  # of an exception group
 _MAX_FRAMES = 50  # of each of them, and of a cause; the innermost
 _PR_SET_PDEATHSIG = 1
@@ -270,7 +271,17 @@ def _message(text: str) -> dict[str, Any]:
     if len(lines) > _MAX_LINES:
         half = _MAX_LINES // 2
         lines, left_out = [*lines[:half], *lines[-half:]], len(lines) - 2 * half
-    return {"lines": [narrowed(line, _MAX_WIDTH) for line in lines], "left_out": left_out}
+    return {"lines": [_trimmed(line) for line in lines], "left_out": left_out}
+
+
+def _trimmed(line: str) -> str:
+    """Keep both ends of a very long line, cut between words, so that no half of a secret is left to be recognized."""
+    if len(line) <= _MAX_WIDTH:
+        return line
+    head, tail = line[: _MAX_WIDTH * 2 // 3], line[-_MAX_WIDTH // 3 :]
+    return (
+        f"{head.rpartition(' ')[0] or head[:-_LONG_WORD]} ... {tail.partition(' ')[2] or tail[_LONG_WORD:]}"
+    )
 
 
 def narrowed(line: str, most: int) -> str:
@@ -287,7 +298,7 @@ def _frames(told: traceback.TracebackException) -> list[list[object]]:
 
 def _brief(told: traceback.TracebackException) -> list[object]:
     text = " ".join("".join(told.format_exception_only()).split())
-    return [narrowed(text, _MAX_WIDTH), _frames(told)[-_MAX_FRAMES:]]
+    return [_trimmed(text), _frames(told)[-_MAX_FRAMES:]]
 
 
 def _parts(told: traceback.TracebackException, depth: int = 1) -> list[list[object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -101,11 +102,15 @@ class Worker:
             return True
         *lines, self._unread = (self._unread + chunk).split(b"\n")
         for line in lines:
-            if line.startswith(b'{"'):
-                self.event = json.loads(line)
-            else:
-                self._told.append(line.decode(errors="replace"))
+            self._take(line.decode(errors="replace"))
         return bool(chunk)
+
+    def _take(self, line: str) -> None:
+        if line.startswith('{"'):
+            with contextlib.suppress(ValueError):  # a crash that told of itself in the middle of it
+                self.event = json.loads(line)
+                return
+        self._told.append(line)
 
     def reap(self) -> None:
         """Take note of its end; waits for that."""
@@ -115,7 +120,7 @@ class Worker:
 
     def send(self, number: int) -> None:
         """Send it a signal, if it still runs."""
-        if self.returncode is None:
+        if self.returncode is None and self.pid:
             self._sent.add(number)
             os.kill(self.pid, number)
 

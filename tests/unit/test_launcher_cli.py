@@ -11,6 +11,7 @@ from distrib_launcher.planning import choose_start_method, most_processes
 
 import distrib
 from distrib import RunConfig
+from distrib.config import with_code
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +133,12 @@ def test_a_flag_sets_its_key(capfd: pytest.CaptureFixture[str], words: list[str]
         (["--rdzv_backend", "etcd"], ["D0901", "--rdzv-backend"]),
         (["--machine_rank", "1"], ["D0901", "--machine-rank"]),
         (["--master_addr", "10.0.0.1"], ["D0901", "--master-addr"]),
+        (["--main_process_ip", "node1"], ["D0901", "--main-process-ip"]),
+        (["--node-rank", "1"], ["D0901", "--node-rank 1"]),
+        (["--rdzv-endpoint", "node1:29400"], ["D0901", "--rdzv-endpoint"]),
+        (["--rdzv-id", "7"], ["D0901", "--rdzv-id"]),
+        (["--rdzv-conf", "timeout=3"], ["D0901", "--rdzv-conf"]),
+        (["--num_machines", "2"], ["D0901", "launch.nnodes"]),
         (["-c", "none.yaml"], ["D0102", "none.yaml"]),
         (["--master-port", "99999"], ["D0106", "--master-port", "99999"]),
     ],
@@ -256,6 +263,45 @@ def test_forking_is_for_linux_only() -> None:
     method, why = choose_start_method(RunConfig(), "script", 2, "darwin")
 
     assert (method, "darwin" in why) == ("spawn", True)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "count", "expected"),
+    [
+        ({}, "script", 1, ("spawn", "one process")),
+        ({}, "module", 2, ("fork", "torch is loaded once for all")),
+        ({}, "function", 2, ("fork", "torch is loaded once for all")),
+        ({}, "command", 2, ("spawn", "a command")),
+        ({"launch.start_method": "fork"}, "script", 1, ("fork", "run.py:3")),
+        ({"launch.start_method": "spawn"}, "script", 2, ("spawn", "run.py:3")),
+        ({"launch.start_method": "fork"}, "command", 2, ("spawn", "a command")),
+    ],
+)
+def test_the_start_method_is_the_user_s_where_it_can_be_and_else_the_faster_one(
+    given: dict[str, object], kind: str, count: int, expected: tuple[str, str]
+) -> None:
+    config = with_code(RunConfig(), given, "run.py:3")
+
+    assert choose_start_method(config, kind, count, "linux") == expected
+    assert choose_start_method(config, kind, count, "darwin")[0] == "spawn"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--node-rank", "0"],
+        ["--master-addr", "127.0.0.1"],
+        ["--main-process-ip", "localhost"],
+        ["--rdzv-backend", "static"],
+        ["--rdzv-endpoint", "127.0.0.1"],
+        ["--rdzv-endpoint", "localhost:0"],
+        ["--standalone"],
+    ],
+)
+def test_an_option_of_several_machines_that_means_this_one_is_understood(
+    capfd: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert shown(capfd, *words, "--dry-run", "train.py") == shown(capfd, "--dry-run", "train.py")
 
 
 def test_secrets_are_not_shown(capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import pty
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
-from distrib_launcher.output import Assembler, Pump, Source, Surface, fitting
+from distrib_launcher.output import Assembler, Display, Pump, Source, Surface, fitting, wants_color
 from hypothesis import given, strategies as st
 
 LINE = st.binary(max_size=20).map(lambda raw: raw.translate(None, b"\n\r\x1b"))
@@ -218,3 +222,131 @@ def test_lines_that_nobody_reads_any_more_are_not_lost(capfd: pytest.CaptureFixt
 
     assert pumped_to(write) == ""
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("display", "num_workers", "captures"),
+    [
+        (Display(), 1, False),
+        (Display(), 2, True),
+        (Display(shown=frozenset({0})), 1, True),
+        (Display(shown=frozenset()), 1, True),
+        (Display(log=lambda rank: Path(f"/{rank}")), 1, True),
+        (Display(color=True), 1, False),
+    ],
+)
+def test_one_worker_writes_to_our_own_streams_unless_its_output_is_kept_or_filtered(
+    display: Display, num_workers: int, captures: bool
+) -> None:
+    assert display.captures(num_workers) is captures
+
+
+@contextmanager
+def stderr_at_a_terminal() -> Iterator[None]:
+    ours, theirs = pty.openpty()
+    before = os.dup(2)
+    os.dup2(theirs, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        for fd in (before, ours, theirs):
+            os.close(fd)
+
+
+def prefixes(color: bool) -> list[bytes]:
+    """Of stdout and stderr of rank 0, then of rank 1; stdout goes to a file, stderr to a terminal."""
+    with stderr_at_a_terminal():
+        sources = Display(color=color).sources([(0, (10, 11)), (1, (12, 13))])
+    return [source.prefix for source in sources]
+
+
+def test_a_rank_s_color_goes_to_a_terminal_only(capfd: pytest.CaptureFixture[str]) -> None:
+    assert prefixes(color=True) == [
+        b"[rank 0] ",
+        b"\x1b[36m[rank 0]\x1b[m ",
+        b"[rank 1] ",
+        b"\x1b[33m[rank 1]\x1b[m ",
+    ]
+    assert prefixes(color=False) == [b"[rank 0] ", b"[rank 0] ", b"[rank 1] ", b"[rank 1] "]
+
+
+@pytest.mark.parametrize(
+    ("env", "color"),
+    [
+        ({"TERM": "xterm-256color"}, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True),  # the convention: an empty value is none
+        ({"TERM": "dumb"}, False),
+        ({}, False),
+    ],
+)
+def test_colors_are_for_terminals_that_have_them_and_users_that_want_them(
+    env: dict[str, str], color: bool
+) -> None:
+    assert wants_color(env) is color
+
+
+def displayed(display: Display, *data: bytes) -> Pump:
+    """Show what ranks 0, 1, ... write to stdout; return the pump, at its end."""
+    ranks, writers = [], []
+    for rank in range(len(data)):
+        pipes = [os.pipe() for _ in range(2)]
+        ranks.append((rank, [read for read, _ in pipes]))
+        writers.append([write for _, write in pipes])
+    pump = Pump(display.sources(ranks))
+    pump.start()
+    for text, (out, err) in zip(data, writers, strict=True):
+        for byte in text:
+            os.write(out, bytes([byte]))  # in the smallest pieces
+        os.close(out)
+        os.close(err)
+    pump.join()
+    pump.close()
+    return pump
+
+
+def test_ranks_that_are_not_shown_are_kept_all_the_same(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    display = Display(shown=frozenset({1}), log=lambda rank: tmp_path / f"{rank}.log")
+
+    displayed(display, b"a\n", b"b\n", b"c\n")
+
+    assert capfd.readouterr() == ("[rank 1] b\n", "")
+    assert [(tmp_path / f"{rank}.log").read_bytes() for rank in range(3)] == [b"a\n", b"b\n", b"c\n"]
+
+
+def test_a_log_holds_whole_lines_without_rank_progress_or_color_of_the_rank(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    display = Display(log=lambda rank: tmp_path / f"{rank}.log", color=True)
+
+    displayed(display, b"\r10%\r20%\rdone\nthe last one has no end", b"one\n")
+
+    assert (tmp_path / "0.log").read_bytes() == b"done\nthe last one has no end\n"
+    assert (tmp_path / "1.log").read_bytes() == b"one\n"
+
+
+def test_a_log_is_added_to_and_not_begun_again(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "0.log").write_bytes(b"before\n")
+
+    displayed(Display(log=lambda rank: tmp_path / f"{rank}.log"), b"after\n")
+
+    assert (tmp_path / "0.log").read_bytes() == b"before\nafter\n"
+
+
+def test_logs_that_a_full_disk_refuses_are_warned_of_once_and_the_lines_are_shown(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    pump = displayed(Display(log=lambda rank: Path("/dev/full")), b"a\nb\nc\n", b"d\n")
+
+    out, err = capfd.readouterr()
+    assert sorted(out.splitlines()) == ["[rank 0] a", "[rank 0] b", "[rank 0] c", "[rank 1] d"]
+    assert err == "distrib: warning: the logs are not complete: No space left on device\n"
+    assert (pump.log_lost, pump.lost) == ("No space left on device", "")
+
+
+def test_a_log_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Display(log=lambda rank: tmp_path / "none" / "0.log").sources([(0, (10, 11))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from distrib_launcher.run_folder import RunFolder
 from distrib_launcher.starting import Forker, PreloadFailed, StartRefused
 
 # What the ranks would import one by one. torch._dynamo comes with the first DistributedDataParallel.
+_NO_ROOM: Final = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 _PRELOADED: Final = ("torch", "torch.distributed", "torch._dynamo", "distrib.accelerator")
 
 
@@ -73,18 +75,24 @@ class Launch:
         where = f"\ndistrib: logs in {self._folder.path}" if self._folder else ""
         say(self._redact(announce + where))
         plan = self._plan
+        code = LaunchError.exit_code
         try:
             with self._supervisor() as supervisor:
                 if plan.start_method == "fork":
                     workers = plan.workers(self._env)
                     supervisor.use(Forker(workers, supervisor.marker, _PRELOADED, plan.preload))
                 code = self._attempts(supervisor)
-        except (StartRefused, PreloadFailed, OSError) as refusal:
-            self._close(LaunchError.exit_code)
-            raise _refused(refusal) from refusal
+        except StartRefused as refusal:
+            raise _refused(refusal.error) from refusal
+        except PreloadFailed as why:
+            raise _broken(why) from why
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise _refused(error) from error
         finally:
             self._port.release()
-        self._close(code)
+            self._close(code)
         return code
 
     def _supervisor(self) -> Supervisor:
@@ -126,12 +134,14 @@ class Launch:
     def _attempt(self, plan: LaunchPlan, supervisor: Supervisor) -> Ended:
         if not supervisor.prepare():
             return Ended((), supervisor.interrupted)
-        listening = self._port.listen() if supervisor.serves_store else None
-        plan = replace(plan, master_port=self._port.port, serves_store=supervisor.serves_store)
+        port = self._port
+        listening = port.listen() if supervisor.serves_store else None
+        plan = replace(plan, master_port=port.port, serves_store=supervisor.serves_store)
         folder = self._folder
         log = (lambda rank: folder.log_path(plan.attempt, rank)) if folder else None
         display = Display(plan.shown_ranks, log, wants_color(self._env))
-        return supervisor.run(plan.workers(self._env), display, listening)
+        handed_over = port.let_go if supervisor.serves_store else _nothing
+        return supervisor.run(plan.workers(self._env), display, listening, handed_over)
 
     def _reserve(self) -> ReservedPort:
         return ReservedPort(self._plan.master_port, where=self._plan.port_from)
@@ -153,7 +163,8 @@ class Launch:
 
     def _report(self, ended: Ended, around: report.Circumstances) -> None:
         text = report.render(ended, around)
-        self.headline, self.interrupted = text.partition("\n")[0], ended.interrupted
+        self.headline = text.partition("\n")[0] if report.exit_code(ended) else ""
+        self.interrupted = ended.interrupted
         if not text:
             return
         columns = shutil.get_terminal_size().columns if os.isatty(2) else None
@@ -162,24 +173,37 @@ class Launch:
                 ended, replace(around, columns=columns, color=os.isatty(2) and wants_color(self._env))
             )
         )
-        if self._folder:
+        if self._folder and self.headline:
+            facts = json.dumps(report.facts(ended, around), indent=1)
+            folder = self._folder.path
             with suppress(OSError):  # a full disk: the report stands on the screen
-                (self._folder.path / "report.txt").write_text(text + "\n", encoding="utf-8")
-                facts = json.dumps(report.facts(ended, around), indent=1)
-                (self._folder.path / "failure.json").write_text(facts + "\n", encoding="utf-8")
+                for place in (folder / f"attempt-{around.attempt}", *([] if around.restarts else [folder])):
+                    (place / "report.txt").write_text(text + "\n", encoding="utf-8")
+                    (place / "failure.json").write_text(facts + "\n", encoding="utf-8")
 
 
-def _refused(refusal: StartRefused | PreloadFailed | OSError) -> LaunchError:
-    """Return the error for a start that the system, or a library that it loads, did not let happen."""
-    error = refusal.error if isinstance(refusal, StartRefused) else refusal
+def _refused(error: OSError) -> LaunchError:
+    """Return the error for a start for which the system has no room."""
     return LaunchError(
         "D0313",
-        f"the ranks cannot be started: {error.strerror if isinstance(error, OSError) else error}",
+        f"the ranks cannot be started: {error.strerror}",
         where="; ".join(limits_behind(str(error))) or "distrib launch",
-        fix="start fewer processes, raise the limit, or free what is used up"
-        if isinstance(error, OSError)
-        else "set --start-method spawn",
+        fix="start fewer processes, raise the limit, or free what is used up",
     )
+
+
+def _broken(why: PreloadFailed) -> LaunchError:
+    """Return the error for a preloader that has broken down after it had loaded everything."""
+    return LaunchError(
+        "D0313",
+        f"the ranks cannot be started: {why}",
+        where="distrib launch",
+        fix="start it again; --start-method spawn does without that process",
+    )
+
+
+def _nothing() -> None:
+    """Nobody has taken the port over."""
 
 
 def _notice(line: str) -> None:
