@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from distrib.checkpoint import export_model, latest, retain
+from distrib.checkpoint.background import Background, Pending
 from distrib.collectives.inputs import check_rank, check_tensors
 from distrib.collectives.split import split
 from distrib.collectives.sync import check_in_sync
@@ -35,7 +36,7 @@ from distrib.data import (
 from distrib.errors import ConfigError, DataError, NotBuiltError, NotBuiltNameError, StrategyError
 from distrib.logging import notice
 from distrib.precision import LossScaler, autocast, remove_precision
-from distrib.run_state import RunState, load_run, save_run
+from distrib.run_state import RunState, begin_save, load_run
 from distrib.seeding import derive, part_noise_streams, set_seed
 from distrib.startup import call_site, read_config, start
 from distrib.state import TrainState
@@ -53,13 +54,23 @@ _NOT_BUILT = frozenset({
 
 @dataclass(frozen=True)
 class SaveHandle:
-    """A checkpoint that has been written to `path`."""
+    """A checkpoint at `path`, which is complete, or being written in the background."""
 
     path: Path
+    _pending: Pending | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether writing has ended, well or not."""
+        return self._pending is None or not self._pending.is_alive()
 
     def wait(self) -> Path:
-        """Return the path once the checkpoint is complete."""
-        return self.path
+        """Return the path once the checkpoint is complete.
+
+        Raises:
+            CheckpointError: if it could not be written, and nobody has been told of it so far.
+        """
+        return self.path if self._pending is None else self._pending.wait()
 
 
 class Accelerator:
@@ -123,8 +134,10 @@ class Accelerator:
         self._tracking = Session(
             self._config.tracking.log_with, own_trackers, TRACKERS, self._runtime.collectives
         )
+        self._background = Background(self._runtime.collectives)
         atexit.register(self._runtime.collectives.close)
         atexit.register(self._tracking.finish)
+        atexit.register(self._background.finish)
         if self.is_main_process:
             notice(started.summary)
 
@@ -575,22 +588,30 @@ class Accelerator:
         Args:
             output_dir: Exactly this directory, replacing a checkpoint there in one swap. Default:
                 `<project_dir>/<checkpoint.dir>/step-<n>`, of which the newest `checkpoint.keep_last` are kept.
-            blocking: False is not built yet.
+            blocking: False returns when the state has been copied to host memory, and writes it in the background.
+                The next save, `load_state` and `end_training` wait for that, and so does the end of the process.
             durable: Flush to the disk before the checkpoint becomes visible.
 
         Raises:
-            CheckpointError: on every rank if one cannot write; an older checkpoint stays as it was.
+            CheckpointError: on every rank if one cannot write; an older checkpoint stays as it was. An error in the
+                background is raised by `wait` of the handle, else by the next call that waits for it.
         """
-        if not blocking:
-            raise NotBuiltError("save_state(blocking=False)", fix="use blocking=True")
+        self._background.wait()
         directory = (
             Path(output_dir) if output_dir is not None else self._checkpoints / f"step-{self._run.step:08d}"
         )
         info = {"strategy": type(self._strategy).__name__, "config": dict(self._config.set_values())}
-        save_run(directory, self._run, self._strategy, self._runtime, info, durable=durable)
-        keep = self._config.checkpoint.keep_last
-        if output_dir is None and keep is not None and self.is_main_process:
-            retain(self._checkpoints, keep)
+        saving = begin_save(directory, self._run, self._strategy, self._runtime, info, durable=durable)
+        keep = self._config.checkpoint.keep_last if output_dir is None and self.is_main_process else None
+
+        def after() -> None:
+            if keep is not None:
+                retain(self._checkpoints, keep)
+
+        if not blocking:
+            return SaveHandle(directory, self._background.start(saving, after))
+        saving.finish(self._runtime.collectives)
+        after()
         return SaveHandle(directory)
 
     def load_state(
@@ -626,6 +647,7 @@ class Accelerator:
         }.items():
             if is_set:
                 raise NotBuiltError(f"load_state({name}=...)")
+        self._background.wait()
         directory = Path(input_dir) if input_dir is not None else self._newest()
         if directory is None:
             return None
@@ -856,7 +878,12 @@ class Accelerator:
         return self._tracking.log(values, step)
 
     def end_training(self) -> None:
-        """Close the trackers and leave the process group; called at exit too."""
+        """Wait for a save in the background, close the trackers and leave the process group; called at exit too.
+
+        Raises:
+            CheckpointError: if that save failed and nobody has been told so far.
+        """
+        self._background.wait()
         self._tracking.finish()
         self._runtime.collectives.close()
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distrib.checkpoint import Contents, Reader, open_checkpoint, rng, save
+from distrib.checkpoint import Contents, Reader, Saving, begin, open_checkpoint, rng
 from distrib.checkpoint.agreement import together
 from distrib.data import PreparedDataLoader
 from distrib.errors import CheckpointError, DataError
@@ -65,7 +65,7 @@ class RunState:
         return TrainState(tuple(self.models), tuple(optimizer.optimizer for optimizer in self.optimizers))
 
 
-def save_run(
+def begin_save(
     directory: Path,
     run: RunState,
     strategy: Strategy,
@@ -73,8 +73,8 @@ def save_run(
     info: Mapping[str, Any],
     *,
     durable: bool,
-) -> Path:
-    """Write a checkpoint of the run to exactly `directory`. Collective."""
+) -> Saving:
+    """Plan a checkpoint of the run as it is now, at exactly `directory`. Collective."""
     _check_same_path(directory, runtime)
     contents = Contents(
         state=strategy.sharded_state(run.for_strategy()),
@@ -93,7 +93,7 @@ def save_run(
         counters={"step": run.step, "optimizer_steps": [x.num_steps for x in run.optimizers]},
         info=dict(info),
     )
-    return save(directory, contents, runtime.collectives, durable=durable)
+    return begin(directory, contents, runtime.collectives, durable=durable)
 
 
 def load_run(directory: Path, run: RunState, strategy: Strategy, runtime: Runtime, *, verify: bool) -> None:

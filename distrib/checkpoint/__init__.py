@@ -4,12 +4,14 @@ from distrib.checkpoint.export import export_model
 from distrib.checkpoint.format import Manifest
 from distrib.checkpoint.reader import Reader, inspect, latest, open_checkpoint, verify
 from distrib.checkpoint.retention import retain
-from distrib.checkpoint.writer import Contents, save
+from distrib.checkpoint.writer import Contents, Saving, begin, save
 
 __all__ = [
     "Contents",
     "Manifest",
     "Reader",
+    "Saving",
+    "begin",
     "export_model",
     "inspect",
     "latest",

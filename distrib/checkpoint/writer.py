@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from distrib.checkpoint.plan import (
     size_of,
     whole_box,
 )
+from distrib.checkpoint.staging import Arena
 from distrib.checkpoint.storage import Storage
 from distrib.checkpoint.tensorfile import Entry, in_file_order, write_bytes, write_tensors
 from distrib.collectives.base import Collectives
@@ -143,35 +146,89 @@ def save(
         CheckpointError: on every rank, if a value cannot be stored, the ranks' slices do not make up whole
             tensors, something else is in the way, or any rank cannot write.
     """
+    return begin(directory, contents, collectives, durable=durable, storage=storage).finish(collectives)
+
+
+def begin(
+    directory: str | Path,
+    contents: Contents,
+    collectives: Collectives,
+    *,
+    durable: bool = True,
+    storage: Storage | None = None,
+) -> Saving:
+    """Plan a save and take its place on the disk, and write no tensor yet. Collective. As `save` otherwise."""
     target, rank, files = Path(directory).absolute(), collectives.rank, storage or Storage()
     shelf = together(collectives, "preparing the checkpoint", lambda: _prepare(contents, rank))
     shares, said = _exchange(shelf.announcement, collectives)
     agreed = together(collectives, "planning the checkpoint", lambda: _agree(shares, said))
     claims: list[Claim] = []  # rank 0's one
 
-    def begin() -> Path:
+    def claim() -> Path:
         claims.append(Claim.take(target, files, durable=durable))
         _make_room(claims[0], agreed.plan)
         return claims[0].temp
 
-    def write() -> _Receipt:
-        documents = {**shelf.documents, OBJECTS: agreed.objects} if rank == 0 else shelf.documents
-        return _ShareWriter(files, temp, rank, durable=durable).write(
-            agreed.plan.owned[rank], shelf.slices, documents
-        )
-
     try:
-        temp = on_main(collectives, "starting the checkpoint", begin)
-        receipts = collect(collectives, "writing the checkpoint", write)
-        on_main(
-            collectives,
-            "completing the checkpoint",
-            lambda: _complete(claims[0], _manifest(shelf, agreed, receipts)),
+        temp = on_main(collectives, "starting the checkpoint", claim)
+    except BaseException:
+        for each in claims:
+            each.release()
+        raise
+    writer = _ShareWriter(files, temp, rank, durable=durable)
+    return Saving(target, shelf, agreed, claims, writer)
+
+
+class Saving:
+    """A save that has been planned and has its place; made by `begin`, and to be ended by `finish` on every rank."""
+
+    def __init__(
+        self, target: Path, shelf: _Shelf, agreed: _Agreed, claims: Sequence[Claim], writer: _ShareWriter
+    ) -> None:
+        self.target = target
+        self._shelf, self._agreed, self._claims, self._writer = shelf, agreed, claims, writer
+        self._owned = agreed.plan.owned[writer.rank]
+        self._slices = {(item.name, item.where): shelf.slices[item.name, item.where] for item in self._owned}
+
+    def stage(self, arena: Arena) -> None:
+        """Copy what this rank is going to write to host memory: from now on the model may change."""
+        copies = arena.copies([part.get().detach() for part in self._slices.values()])
+        self._slices = {
+            key: dataclasses.replace(part, get=partial(_value, copy))
+            for (key, part), copy in zip(self._slices.items(), copies, strict=True)
+        }
+
+    def finish(self, collectives: Collectives) -> Path:
+        """Write this rank's share and show the checkpoint when every rank has. Collective.
+
+        Returns:
+            The absolute path.
+
+        Raises:
+            CheckpointError: on every rank, if any cannot write; what was there before is there still.
+        """
+        try:
+            receipts = collect(collectives, "writing the checkpoint", self._write)
+            on_main(
+                collectives,
+                "completing the checkpoint",
+                lambda: _complete(self._claims[0], _manifest(self._shelf, self._agreed, receipts)),
+            )
+        finally:
+            for claim in self._claims:
+                claim.release()
+        return self.target
+
+    def _write(self) -> _Receipt:
+        main = self._writer.rank == 0
+        documents = (
+            {**self._shelf.documents, OBJECTS: self._agreed.objects} if main else self._shelf.documents
         )
-    finally:
-        for claim in claims:
-            claim.release()
-    return target
+        return self._writer.write(self._owned, self._slices, documents)
+
+
+def _value(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _prepare(contents: Contents, rank: int) -> _Shelf:

@@ -156,5 +156,12 @@ class Collectives(ABC):
         """Return a context whose body runs on rank 0, then on rank 1, and so on. Collective."""
 
     @abstractmethod
+    def beside(self) -> Collectives:
+        """Return collectives of the same ranks that another thread can use meanwhile, for CPU values. Collective.
+
+        They have no time limit: a peer may be long at work, and one that ends is noticed all the same.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Leave the group, if this object made it. Safe to call twice."""

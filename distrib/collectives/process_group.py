@@ -42,6 +42,7 @@ _OFF_CPU, _FAILED = (
     2,
 )  # flags of an exchange: a tensor is not in host memory; the note says why there is no value
 _REPORT = 1  # key of the exchange that tells about a mismatch; a hash is practically never so small
+_NO_LIMIT = timedelta(days=30)
 _MAX_REASON = 500  # characters
 _OPS = {
     "sum": dist.ReduceOp.SUM,
@@ -249,6 +250,9 @@ class ProcessGroupCollectives(Collectives):
         with self._turns.in_turn():
             yield
 
+    def beside(self) -> Collectives:
+        return _Beside(self)
+
     def close(self) -> None:
         self._turns.close()
         let_threads_finish()
@@ -336,6 +340,20 @@ class ProcessGroupCollectives(Collectives):
     def _home(self, heard: Heard) -> torch.device:
         """Return where data are packed, the same kind of place on all ranks."""
         return self.device if any(heard.flags) else _CPU
+
+
+class _Beside(ProcessGroupCollectives):
+    """The same ranks over a gloo group of its own, which ends with the default group. Collective."""
+
+    def __init__(self, main: ProcessGroupCollectives) -> None:
+        self.device, self._owned = _CPU, False
+        self.rank, self.world_size = main.rank, main.world_size
+        self._cpu_group = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+        self._meet = Exchange(self.world_size, self._cpu_group)
+        self._holding = None
+
+    def close(self) -> None:
+        """It ends with the default group."""
 
 
 def _group_for_cpu() -> dist.ProcessGroup | None:

@@ -75,6 +75,9 @@ class SingleCollectives(Collectives):
     def in_turn(self, why: str) -> Iterator[None]:
         yield
 
+    def beside(self) -> Collectives:
+        return SingleCollectives()
+
     def close(self) -> None:
         return None
 
