@@ -629,8 +629,10 @@ class Accelerator:
 
         Args:
             input_dir: A checkpoint. Default: the newest complete one of the run, if there is one.
-            strict: False is not built yet.
-            ignore: Not built yet.
+            strict: False takes what the checkpoint and the run have in common: tensors, loaders, schedulers and registered
+                objects that only one of them has are left as they are. A wrong shape is refused all the same.
+            ignore: Shell patterns of parameters that stay as they are, and what optimizers know of them: "model/head.*";
+                "model_1/..." for the second model.
             verify: Compare checksums, not only sizes.
             allow_pickle: Not built yet; nothing is pickled.
 
@@ -640,18 +642,21 @@ class Accelerator:
         Raises:
             CheckpointError: if it is incomplete, damaged, or does not fit; nothing is changed then.
         """
-        for name, is_set in {
-            "strict": not strict,
-            "ignore": bool(tuple(ignore)),
-            "allow_pickle": allow_pickle,
-        }.items():
-            if is_set:
-                raise NotBuiltError(f"load_state({name}=...)")
+        if allow_pickle:
+            raise NotBuiltError("load_state(allow_pickle=...)")
         self._background.wait()
         directory = Path(input_dir) if input_dir is not None else self._newest()
         if directory is None:
             return None
-        load_run(directory, self._run, self._strategy, self._runtime, verify=verify)
+        load_run(
+            directory,
+            self._run,
+            self._strategy,
+            self._runtime,
+            verify=verify,
+            strict=strict,
+            ignore=tuple([ignore] if isinstance(ignore, str) else ignore),
+        )
         self._accumulation.reset()
         return directory
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import fnmatch
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,11 @@ from torch import nn
 from distrib.checkpoint import Contents, Reader, Saving, begin, open_checkpoint, rng
 from distrib.checkpoint.agreement import together
 from distrib.data import PreparedDataLoader
-from distrib.errors import CheckpointError, DataError
+from distrib.errors import CheckpointError, DataError, did_you_mean
 from distrib.logging import notice
 from distrib.precision import LossScaler
 from distrib.seeding import derive, part_noise_streams
-from distrib.state import Runtime, TrainState
+from distrib.state import Runtime, TensorSpec, TrainState
 from distrib.strategies import Strategy
 from distrib.training import PreparedOptimizer, PreparedScheduler
 
@@ -96,38 +97,88 @@ def begin_save(
     return begin(directory, contents, runtime.collectives, durable=durable)
 
 
-def load_run(directory: Path, run: RunState, strategy: Strategy, runtime: Runtime, *, verify: bool) -> None:
+def load_run(
+    directory: Path,
+    run: RunState,
+    strategy: Strategy,
+    runtime: Runtime,
+    *,
+    verify: bool,
+    strict: bool = True,
+    ignore: Collection[str] = (),
+) -> None:
     """Bring the run to where the checkpoint in `directory` stood. Collective.
+
+    Args:
+        directory: The checkpoint.
+        run: What has been prepared.
+        strategy: How it lies over the ranks.
+        runtime: The ranks.
+        verify: Compare checksums, not only sizes.
+        strict: Whether everything has to be in both, the checkpoint and the run. A wrong shape is refused in any case.
+        ignore: Shell patterns of parameters, "model/head.*", that stay as they are, with what optimizers know of them.
 
     Raises:
         CheckpointError: if it is damaged or does not fit what has been prepared; nothing is changed then.
     """
     _check_same_path(directory, runtime)
     reader = open_checkpoint(directory, runtime.collectives, verify=verify)
-    _check_parts(directory, reader, run)
+    if strict:
+        _check_parts(directory, reader, run)
     together(runtime.collectives, "comparing the data", lambda: _check_positions(reader, run))
     with (
-        strategy.loading(run.for_strategy(), reader.specs(), reader.objects) as state,
+        strategy.loading(
+            run.for_strategy(), _taken(reader.specs(), ignore), reader.objects, strict=strict
+        ) as state,
         _loaded(run, reader),
     ):
-        reader.check(state)
-        reader.fill(state)
-    for loader, position in zip(run.loaders, reader.loaders, strict=True):
+        _check_patterns(ignore, {*reader.specs(), *state.tensors})
+        patterns = [*ignore, *(f"optimizer*/*.{x.partition('/')[2]}" for x in ignore if "/" in x)]
+        reader.fill(state, only=reader.check(state, strict=strict, ignore=patterns))
+    for loader, position in zip(run.loaders, reader.loaders, strict=False):
         loader.position = position
-    for scheduler, saved in zip(run.schedulers, reader.schedulers, strict=True):
+    for scheduler, saved in zip(run.schedulers, reader.schedulers, strict=False):
         scheduler.steps_seen = saved["steps_seen"]
-    for optimizer, steps in zip(run.optimizers, reader.counters["optimizer_steps"], strict=True):
+    for optimizer, steps in zip(run.optimizers, reader.counters["optimizer_steps"], strict=False):
         optimizer.num_steps = steps
     if run.scaler is not None and reader.scaler is not None:
         run.scaler.load_state_dict(reader.scaler)
     _restore_generators(reader, runtime)
 
 
+def _check_patterns(ignore: Collection[str], names: Collection[str]) -> None:
+    for pattern in ignore:
+        if not fnmatch.filter(names, pattern):
+            raise CheckpointError(
+                "D0740",
+                f"no tensor of the checkpoint or the run is called {pattern!r}{did_you_mean(pattern, names)}",
+                where="load_state (ignore)",
+                fix='patterns begin with the group: "model/head.*"; `distrib checkpoint show` lists all names',
+            )
+
+
+def _taken(stored: Mapping[str, TensorSpec], ignore: Collection[str]) -> dict[str, TensorSpec]:
+    """Leave out the optimizer state of parameters that are ignored."""
+    inner = [pattern.partition("/")[2] for pattern in ignore if "/" in pattern]
+    return {
+        name: spec
+        for name, spec in stored.items()
+        if not (
+            name.startswith("optimizer")
+            and any(fnmatch.fnmatchcase(name, f"optimizer*/*.{pattern}") for pattern in inner)
+        )
+    }
+
+
 @contextmanager
 def _loaded(run: RunState, reader: Reader) -> Iterator[None]:
     """Load schedulers and registered objects; if they or the body fail, they are as they were."""
-    parts = [x.scheduler for x in run.schedulers] + run.custom
-    saved = [x["state"] for x in reader.schedulers] + list(reader.custom)
+    here = [[x.scheduler for x in run.schedulers], run.custom]
+    there = [[x["state"] for x in reader.schedulers], list(reader.custom)]
+    pairs = [
+        pair for parts, saved in zip(here, there, strict=True) for pair in zip(parts, saved, strict=False)
+    ]
+    parts, saved = [part for part, _ in pairs], [state for _, state in pairs]
     before = [copy.deepcopy(part.state_dict()) for part in parts]
     try:
         for part, state in zip(parts, saved, strict=True):
@@ -151,7 +202,7 @@ def _check_same_path(directory: Path, runtime: Runtime) -> None:
 
 
 def _check_positions(reader: Reader, run: RunState) -> None:
-    for loader, position in zip(run.loaders, reader.loaders, strict=True):
+    for loader, position in zip(run.loaders, reader.loaders, strict=False):
         try:
             loader.check(position)
         except DataError as error:

@@ -113,12 +113,18 @@ class Strategy(ABC):
 
     @abstractmethod
     def loading(
-        self, state: TrainState, stored: Mapping[str, TensorSpec], objects: Mapping[str, Any]
+        self,
+        state: TrainState,
+        stored: Mapping[str, TensorSpec],
+        objects: Mapping[str, Any],
+        *,
+        strict: bool = True,
     ) -> AbstractContextManager[ShardedState]:
         """Return the context around a reader that fills the slices it yields.
 
         Entering creates optimizer state that `stored` has and the optimizer lacks; leaving restores `objects`
-        (param groups, other state) and refreshes what depends on the filled tensors.
+        (param groups, other state) and refreshes what depends on the filled tensors. Without `strict`, parameter groups
+        that hold other parameters than the stored ones keep their options.
         """
 
     @abstractmethod

@@ -144,9 +144,14 @@ class DDP(Single):
 
     @contextmanager
     def loading(
-        self, state: TrainState, stored: Mapping[str, TensorSpec], objects: Mapping[str, Any]
+        self,
+        state: TrainState,
+        stored: Mapping[str, TensorSpec],
+        objects: Mapping[str, Any],
+        *,
+        strict: bool = True,
     ) -> Iterator[ShardedState]:
-        with super().loading(state, stored, objects) as own:
+        with super().loading(state, stored, objects, strict=strict) as own:
             yield own
         hooks = [self._power_sgd[model] for model in state.models if model in self._power_sgd]
         for hook, steps in zip(hooks, objects.get(_POWERSGD, [0] * len(hooks)), strict=False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -86,11 +87,17 @@ class Single(Strategy):
         return slices.joined([*of_models, *of_optimizers])
 
     def loading(
-        self, state: TrainState, stored: Mapping[str, TensorSpec], objects: Mapping[str, Any]
+        self,
+        state: TrainState,
+        stored: Mapping[str, TensorSpec],
+        objects: Mapping[str, Any],
+        *,
+        strict: bool = True,
     ) -> AbstractContextManager[ShardedState]:
         models = [self.unwrap(model) for model in state.models]
         names = slices.parameter_names(models)
-        return slices.loading_whole(state, models, lambda: self.sharded_state(state), names, stored, objects)
+        describe = partial(self.sharded_state, state)
+        return slices.loading_whole(state, models, describe, names, stored, objects, strict=strict)
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -129,12 +129,14 @@ def loading_whole(
     names: Names,
     stored: Mapping[str, TensorSpec],
     objects: Mapping[str, Any],
+    *,
+    strict: bool,
 ) -> Iterator[ShardedState]:
     """Yield slices to fill, with the optimizer state that `stored` has; on leaving, restore what are no tensors.
 
-    An error inside leaves the optimizers as they were.
+    An error inside leaves the optimizers as they were. Without `strict`, groups that do not match keep their options.
     """
-    for index, optimizer in enumerate(state.optimizers):
+    for index, optimizer in enumerate(state.optimizers if strict else ()):
         _check_objects(optimizer, names, objects, optimizer_prefix(index).rstrip("/"))
     before = [dict(optimizer.state) for optimizer in state.optimizers]
     try:
@@ -216,7 +218,9 @@ def _restore_objects(optimizer: Optimizer, names: Names, objects: Mapping[str, A
     stored = objects.get(key)
     if stored is None:
         return
-    for group, old in zip(optimizer.param_groups, stored["param_groups"], strict=True):
+    for index, (group, old) in enumerate(zip(optimizer.param_groups, stored["param_groups"], strict=False)):
+        if _names_of(group, names, index) != list(old["params"]):
+            continue  # checked before, if it matters
         group.update({name: value for name, value in old.items() if name != "params"})
     for name, parameter in named_parameters(optimizer, names):
         optimizer.state[parameter].update(stored["state"].get(name, {}))
