@@ -19,6 +19,7 @@ from distrib.testing import run_ranks
 WIDTH, LAYERS = 2048, 12
 ROUNDS = 5
 MEMCPY, FSYNC, LIGHT = "memcpy", "fsync", "light"  # LIGHT: ours with durable=False or verify=False
+BEHIND = "behind"  # ours with blocking=False
 
 Turn = tuple[Callable[[Path], object], Path]  # what writes or reads a checkpoint, and where
 
@@ -67,6 +68,7 @@ def measured(folder: Path, where: str, ranks: int) -> Iterator[Row]:
     if ranks > 1:
         wall.bars.append(Bar(f"/ {PEER}", wall.ratio(PEER), 0.8, target=True))
     yield from (wall, cpu)
+    yield blocking(ours, peer, state, folder, where, ranks)
     for what, own, limit in (("load", OURS, 0.8), ("load, verify=False", LIGHT, 0.4)):
         wall, cpu = clocks(f"{what}, {where}", loaded, raw=RAW, own=own)
         wall.bars.append(Bar(f"/ {PEER}", wall.ratio(PEER), limit, target=True))
@@ -77,6 +79,33 @@ def measured(folder: Path, where: str, ranks: int) -> Iterator[Row]:
     row = Row(f"extra memory of a load, {where}", "MB", memory(load, fresh=False))
     row.bars.append(Bar(f"/ {PEER}", row.ratio(PEER), 0.2, target=True))
     yield row
+
+
+def blocking(ours: Any, peer: Any, state: OneFile, folder: Path, where: str, ranks: int) -> Row:
+    """Return how long the training loop waits for a save that goes on behind it; Accelerate's has no such mode."""
+    copy = OneFile(state.bytes // ranks)  # what one rank copies
+    turns: dict[str, Turn] = {
+        MEMCPY: (copy.copy_all, folder / "memcpy"),
+        PEER: (peer.save_state, folder / "accelerate"),
+        OURS: (lambda path: ours.save_state(path, blocking=False), folder / BEHIND),
+    }
+    samples = interleaved(turns, waited, ROUNDS)
+    row = Row(f"the loop waits for a save, {where}", "s wall", samples)
+    row.bars.append(Bar("/ memcpy of the share", row.ratio(MEMCPY), 1.3, target=True))
+    return row
+
+
+def waited(turn: Turn) -> float:
+    """Return wall seconds of rank 0 until the call returns; what goes on then is waited for."""
+    function, path = turn
+    clear(path, fresh=True)
+    wall = time.perf_counter()
+    handle = function(path)
+    wall = time.perf_counter() - wall
+    if hasattr(handle, "wait"):
+        handle.wait()
+    meet()
+    return wall
 
 
 def prepared(accelerator_class: Callable[..., Any]) -> Any:
@@ -95,10 +124,17 @@ def prepared(accelerator_class: Callable[..., Any]) -> Any:
 class OneFile:
     """As many bytes as the training state has, and rank 0's plainest ways to keep them; other ranks wait."""
 
-    def __init__(self) -> None:
-        self.bytes = 3 * LAYERS * (WIDTH * WIDTH + WIDTH) * torch.float32.itemsize  # model and two moments
-        self.state = torch.randint(256, (self.bytes,), dtype=torch.uint8) if is_main() else torch.empty(0)
+    def __init__(self, size: int | None = None) -> None:
+        self.bytes = (
+            size or 3 * LAYERS * (WIDTH * WIDTH + WIDTH) * torch.float32.itemsize
+        )  # model, two moments
+        here = size is not None or is_main()
+        self.state = torch.randint(256, (self.bytes,), dtype=torch.uint8) if here else torch.empty(0)
         self.other = torch.zeros_like(self.state)
+
+    def copy_all(self, _path: Path) -> None:
+        """Copy on every rank."""
+        self.other.copy_(self.state)
 
     def copy(self, _path: Path) -> None:
         self.other.copy_(self.state)
