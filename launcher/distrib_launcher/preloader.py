@@ -1,7 +1,7 @@
-"""Imports once what every rank needs, then forks the ranks: `python preloader.py CONTROL MODULES KIND TARGET [args]`.
+"""Imports once what every rank needs, then forks the ranks: `python preloader.py CONTROL MODULES WANTED KIND TARGET [args]`.
 
-CONTROL is a socket to the launcher, over which come the orders to start ranks and their descriptors; MODULES are names
-with commas between; the rest is the program, which stands there so that `ps` and `pkill -f` show it for every rank.
+CONTROL is a socket to the launcher, over which come the orders to start ranks and their descriptors; MODULES and
+WANTED are names with commas between; the rest is the program, which stands there so that `ps` and `pkill -f` show it for every rank.
 
 A rank is forked by a child of this process that then ends, so that the launcher, a subreaper, becomes the rank's
 parent and can wait for it. The ranks do nothing before that. Another child serves the store over which they find each
@@ -22,13 +22,13 @@ import socket
 import sys
 import threading
 import time
-import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_MAX_MESSAGE = 1 << 20  # bytes
+_MAX_MESSAGE = 1 << 18  # bytes
 _MAX_FDS = 8
 _MAX_REASON = 2000  # characters
 _MOMENT_S = 0.0005
@@ -39,16 +39,19 @@ _DEVICES = "distrib.devices"  # knows which of them have been touched; both are 
 
 def main() -> None:
     """Load the modules, then start ranks until the launcher closes the socket. Returns in the ranks only."""
-    control, modules, kind, target, *args = sys.argv[1:]
+    control, modules, wanted, kind, target, *args = sys.argv[1:]
     if not getattr(sys.flags, "safe_path", False):  # Python 3.11 and newer
         sys.path.pop(0)  # this file's folder, where a module may have the name of somebody else's
     channel = socket.socket(fileno=int(control))
     channel.set_inheritable(False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)  # what the modules start is not to have them blocked
-    loaded = preload([name for name in modules.split(",") if name])
-    _send(channel, loaded)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)  # until a rank can handle them
-    rank = _serve(channel)
+    try:
+        _send(channel, preload(_named(modules), _named(wanted), _folder_of(kind, target)))
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)  # until a rank can handle them
+        rank = _serve(channel)
+    except (OSError, MemoryError) as error:
+        _send(channel, {"error": f"{type(error).__name__}: {error}"[:_MAX_REASON]})
+        os._exit(1)
     channel.detach()  # closed in a rank: the object must not close whatever has its number then
     if not getattr(sys.flags, "safe_path", False):
         sys.path.insert(0, "")  # for the worker to replace
@@ -58,18 +61,36 @@ def main() -> None:
     worker.become(kind, target, args, rank.record)
 
 
-def preload(modules: list[str]) -> dict[str, Any]:
+def _named(names: str) -> list[str]:
+    return [name for name in names.split(",") if name]
+
+
+def _folder_of(kind: str, target: str) -> str:
+    """Return where the program's own modules are; an empty text for a function, which brings its path along."""
+    if kind == "function":
+        return ""
+    return os.path.dirname(os.path.realpath(target)) if kind == "script" else os.getcwd()  # noqa: PTH109, PTH120
+
+
+def preload(modules: list[str], wanted: list[str], folder: str) -> dict[str, Any]:
     """Import modules, and say what stands against forking now.
+
+    Args:
+        modules: What everybody needs.
+        wanted: What this program needs, perhaps from its own folder.
+        folder: The program's own, which comes first where it looks for modules.
 
     Returns:
         failed: name -> why it could not be imported. unsafe: reasons in words; empty if forking is safe. store: whether
         the ranks' store can be served.
     """
     failed, unsafe, threads = {}, [], threading.active_count()
+    known = set(sys.modules)
     gc.disable()  # a fifth of the time of such imports is looking for garbage that is not there
-    for name in modules:
+    for name in [*modules, *wanted]:
         try:
-            importlib.import_module(name)
+            with _first(folder if name in wanted else ""):
+                importlib.import_module(name)
         except BaseException as error:  # noqa: BLE001 (the program will see it again, and tell it better)
             failed[name] = f"{type(error).__name__}: {error}"[:_MAX_REASON]
         if threading.active_count() > threads:
@@ -82,7 +103,41 @@ def preload(modules: list[str]) -> dict[str, Any]:
     if _DEVICES in sys.modules:
         touched = importlib.import_module(_DEVICES).initialized_devices()
         unsafe += [f"what was imported has initialised the device {name}" for name in touched]
+    unsafe += [f"{path} has the name of a module that is loaded already" for path in _hidden(folder, known)]
     return {"failed": failed, "unsafe": unsafe, "store": _STORE in sys.modules}
+
+
+@contextlib.contextmanager
+def _first(folder: str) -> Iterator[None]:
+    """Look for modules in a folder first; an empty text is none."""
+    if folder:
+        sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if folder:
+            sys.path.remove(folder)
+
+
+def _hidden(folder: str, known: set[str]) -> list[str]:
+    """Return the program's own modules that it would not get, since one of that name has been loaded here.
+
+    Args:
+        folder: Where they are.
+        known: What is loaded in every interpreter, before the program.
+    """
+    try:
+        here = set(os.listdir(folder)) if folder else set()  # noqa: PTH208 (names only)
+    except OSError:
+        return []
+    names = {name.partition(".")[0] for name in sys.modules} - known
+    paths = {name: f"{folder}/{name}.py" for name in names if f"{name}.py" in here}
+    paths |= {name: f"{folder}/{name}/__init__.py" for name in names & here}
+    return sorted(
+        path
+        for name, path in paths.items()
+        if getattr(sys.modules.get(name), "__file__", None) != path and os.path.isfile(path)  # noqa: PTH113
+    )
 
 
 def _native_threads() -> int:
@@ -108,21 +163,22 @@ class _Rank:
 
 def _serve(channel: socket.socket) -> _Rank:
     """Carry out orders until the launcher has closed its end. Returns in the ranks only."""
-    store = None
+    store = 0
     while True:
         orders, fds = _receive(channel)
-        if store is not None:  # of the attempt before
-            store.end()
-            store = None
+        if store:  # of the attempt before; the launcher has ended it
+            os.waitpid(store, 0)
+            store = 0
         if orders is None:
             os._exit(0)
         try:
             if orders["listening"]:
-                store = _Store(fds.pop(0), [channel.fileno(), *fds])
+                listening, life, *fds = fds
+                store = _serve_store(listening, life, [channel.fileno(), *fds])
             ranks = [(orders, fds)] + [_receive(channel) for _ in range(orders["others"])]
             if any(order is None for order, _ in ranks):
                 os._exit(1)  # the launcher has gone, or could not tell us everything
-            rank, answer = _fork_ranks(ranks, [channel.fileno(), *([store.life] if store else [])])
+            rank, answer = _fork_ranks(ranks, [channel.fileno()])
         except OSError as error:
             rank, answer = None, {"pids": [], "errno": error.errno}
         if rank is not None:
@@ -130,7 +186,7 @@ def _serve(channel: socket.socket) -> _Rank:
         for _, own in ranks:
             for fd in own:
                 os.close(fd)
-        _send(channel, {**answer, "store": store.pid if store else 0})
+        _send(channel, {**answer, "store": store})
 
 
 def _fork_ranks(
@@ -182,9 +238,11 @@ def _as_rank(order: Any, fds: list[int], between: int) -> _Rank:
         os.dup2(nowhere, 0)
         os.close(nowhere)
     os.environ.update(order["env"])
-    numpy = sys.modules.get("numpy")
+    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
     if numpy is not None:
         numpy.random.seed()  # a fresh process would have numbers of its own; Python's `random` sees to itself
+    if torch is not None and hasattr(torch, "default_generator"):
+        torch.default_generator.seed()
     while (
         os.getppid() == between
     ):  # it ends in a moment; its end is not seen before its children are handed on
@@ -192,55 +250,45 @@ def _as_rank(order: Any, fds: list[int], between: int) -> _Rank:
     return _Rank(life, record, order["launcher"])
 
 
-class _Store:
-    """A process that serves the ranks' store until it is told to end, or nobody is left who could tell it.
+def _serve_store(listening: int, life: int, others: list[int]) -> int:
+    """Fork a process that serves the ranks' store until the launcher ends it, or has ended; return its id.
 
     Args:
         listening: The socket on which it listens.
+        life: A pipe whose other end the launcher holds.
         others: Descriptors that it has no business with.
-
-    Attributes:
-        pid: The process.
-        life: The descriptor whose closing ends it.
     """
-
-    def __init__(self, listening: int, others: list[int]) -> None:
-        life, self.life = os.pipe()
-        self.pid = os.fork()
-        if not self.pid:
-            for fd in (self.life, *others):
-                os.close(fd)
-            self._serve(listening, life)
+    pid = os.fork()
+    if pid:
         os.close(listening)
         os.close(life)
-
-    def _serve(self, listening: int, life: int) -> None:
-        try:
-            server = importlib.import_module(_STORE).serve(listening)
-            os.read(life, 1)
-            del server
-        except BaseException:  # noqa: BLE001 (it goes no further)
-            traceback.print_exc()
-        finally:
-            os._exit(0)
-
-    def end(self) -> None:
-        """End it, and wait for that."""
-        os.close(self.life)
-        os.waitpid(self.pid, 0)
+        return pid
+    try:
+        for fd in others:
+            os.close(fd)
+        server = importlib.import_module(_STORE).serve(listening)
+        os.read(life, 1)
+        del server
+    except BaseException as error:  # noqa: BLE001 (it goes no further)
+        print(f"distrib: the ranks' store cannot be served: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    finally:
+        os._exit(0)
 
 
 def _reopen_streams() -> None:
     """Give Python streams that fit what now lies behind descriptors 0, 1 and 2."""
-    for name, fd, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
-        before = getattr(sys, name)
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        before, mode = getattr(sys, name), "w" if fd else "r"
         if before is None:
             continue
+        raw = io.FileIO(fd, mode, closefd=False)
+        raw.name = f"<{name}>"
         unbuffered = bool(os.environ.get("PYTHONUNBUFFERED")) and mode == "w"
-        raw = open(fd, f"{mode}b", 0 if unbuffered else -1, closefd=False)  # noqa: SIM115 (stays open)
+        buffered = raw if unbuffered else io.BufferedWriter(raw) if mode == "w" else io.BufferedReader(raw)
         stream = io.TextIOWrapper(
-            raw, before.encoding, before.errors, line_buffering=True, write_through=unbuffered
+            buffered, before.encoding, before.errors, line_buffering=mode == "w", write_through=unbuffered
         )
+        stream.mode = mode  # type: ignore[misc]  # as Python does it
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import selectors
 import signal
@@ -166,6 +167,8 @@ class Supervisor:
             LaunchError: of the starter, if the user has to mend something before.
         """
         self._wait_for_starter(_LOAD_LIMIT_S)
+        if self._starter.broken():
+            self._do_without(PreloadFailed(self._starter.broken()))
         self._wait(0)
         return not self._interrupted
 
@@ -233,7 +236,10 @@ class Supervisor:
             self._wait_for_starter(_START_LIMIT_S)
         except StartRefused as refusal:
             refused = refusal
-        pids = [] if self._starter.waits_on is not None else self._starter.started
+        if self._starter.waits_on is not None:  # interrupted, or broken: whom it has started, we find by their marks
+            self._starter.close()
+            self._starter = Spawner(self.marker)
+        pids = self._starter.started
         for one, pid in zip(workers, pids, strict=False):
             one.started(pid)
             self._watch(pid)
@@ -244,7 +250,8 @@ class Supervisor:
             self._selector.register(self._starter.store_fd, selectors.EVENT_READ, ("store", None))
         if capture:
             self._pump = Pump(display.sources([(one.rank, one.streams) for one in workers]))
-            self._pump.start()
+            no_thread = self._start_pump(self._pump)
+            refused = refused or no_thread
         for one in workers[len(pids) :]:
             one.release()
         del workers[len(pids) :]
@@ -253,6 +260,14 @@ class Supervisor:
         if refused is not None:
             self._stop(signal.SIGKILL)
         return refused
+
+    def _start_pump(self, pump: Pump) -> StartRefused | None:
+        try:
+            pump.start()
+        except RuntimeError as error:  # the system refuses the thread
+            self._pump = None
+            return StartRefused(OSError(errno.EAGAIN, str(error)))
+        return None
 
     def _wait_for_starter(self, limit_s: float) -> None:
         """Wait for what the starter waits for, unless we are interrupted.

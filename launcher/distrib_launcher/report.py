@@ -212,6 +212,12 @@ def _fitted(
         middle = _broken(whole(evidence(room)), around.columns)
         if len(begin) + len(middle) + len(end) <= MAX_LINES:
             break
+    rows = MAX_LINES - len(begin) - len(end)
+    if not middle and rows > 0 and around.columns:  # a message that is too long for so narrow a terminal
+        line = "".join(whole(evidence(1))[:1])
+        middle = _broken([narrowed(line, max(_NARROWEST, rows * (around.columns - 8)))], around.columns)[
+            :rows
+        ]
     shown = [*begin, *middle, *end]
     if len(shown) > MAX_LINES:  # a headline of many lines
         shown = [*shown[: MAX_LINES - len(end)], *end]
@@ -316,7 +322,7 @@ def _evidence(root: Outcome, room: int, redact: Callable[[str], str] = str) -> l
     message = _shorten(lines, _MAX_MESSAGE, event["left_out"])
     details = [*_parts(event.get("parts", ())), *_causes(event.get("causes", ()), " ".join(lines))]
     room_for_frames = min(_MAX_FRAMES, (room - len(message) - len(details) - 1) // 2)
-    frames = _frames(_told_frames(event), room_for_frames)
+    frames = _frames(_told_frames(event), room_for_frames) if room_for_frames > 0 else []
     return [*frames, *(f"  {line}" for line in [*message, *details])][:room]
 
 

@@ -113,6 +113,9 @@ class Starter(Protocol):
     def started(self) -> list[int]:
         """The processes of the last `start`, in its order."""
 
+    def broken(self) -> str:
+        """Say why it cannot start anything any more; an empty text if it can."""
+
     def pids(self) -> list[int]:
         """Return its own processes."""
 
@@ -166,6 +169,10 @@ class Spawner:
         process.returncode = 0  # whoever watches it waits for it: `subprocess` is not to
         return process.pid
 
+    def broken(self) -> str:
+        """It never is."""
+        return ""
+
     def pids(self) -> list[int]:
         """It has none."""
         return []
@@ -203,7 +210,7 @@ class Forker:
         start = [sys.executable, str(Path(preloader.__file__)), str(theirs.fileno())]
         with theirs, held_back():
             self._process = subprocess.Popen(
-                [*start, ",".join([*modules, *wanted]), first.kind, *first.program],
+                [*start, ",".join(modules), ",".join(wanted), first.kind, *first.program],
                 env={**self._common, guard.MARKER: marker},
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
@@ -212,6 +219,7 @@ class Forker:
         self.waits_on: int | None = self._channel.fileno()
         self.serves_store = False
         self.store_fd: int | None = None
+        self._store_life = self._store_read = -1
 
     def take(self) -> None:
         """As `Starter.take`: first what the preloader says when it has loaded everything, then of each start."""
@@ -248,7 +256,7 @@ class Forker:
         self.started, self.waits_on = [], self._channel.fileno()
         try:
             for number, (spec, handed) in enumerate(workers):
-                first = [listening] if number == 0 and listening is not None else []
+                first = self._for_store(listening) if number == 0 and listening is not None else []
                 order = {
                     "others": count - 1,
                     "listening": bool(first),
@@ -259,6 +267,19 @@ class Forker:
                 self._order(order, [*first, handed.life, handed.record, *handed.streams])
         except OSError as error:
             raise StartRefused(error) from error
+
+    def _for_store(self, listening: int) -> list[int]:
+        """Return what its server needs: the socket, and a pipe that closes when we end."""
+        self._end_pipe()
+        read, self._store_life = os.pipe()
+        self._store_read = read
+        return [listening, read]
+
+    def _end_pipe(self) -> None:
+        for fd in (self._store_life, self._store_read):
+            if fd >= 0:
+                os.close(fd)
+        self._store_life = self._store_read = -1
 
     def _order(self, order: Mapping[str, object], fds: Sequence[int]) -> None:
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
@@ -275,6 +296,8 @@ class Forker:
         if not text:
             raise PreloadFailed(self._how_it_ended())
         told: dict[str, Any] = json.loads(text)
+        if "error" in told:
+            raise PreloadFailed(f"the process that loads what the ranks need has failed: {told['error']}")
         return told
 
     def _how_it_ended(self) -> str:
@@ -287,12 +310,17 @@ class Forker:
             f"{what} was ended by {signal.Signals(-code).name}" if code < 0 else f"{what} ended with {code}"
         )
 
+    def broken(self) -> str:
+        """As `Starter.broken`: the preloader may have been killed."""
+        return "" if self._process.poll() is None else self._how_it_ended()
+
     def pids(self) -> list[int]:
         """The preloader, and the server of the store."""
         return [self._process.pid, *([self._store] if self._store else [])]
 
     def end_attempt(self) -> None:
         """End the server of the store, and with it the hold on its port."""
+        self._end_pipe()
         if self.store_fd is None:
             return
         with contextlib.suppress(ProcessLookupError):

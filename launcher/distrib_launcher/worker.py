@@ -31,6 +31,7 @@ _MAX_WIDTH = 3000  # characters of each
 _LONG_WORD = 300  # characters, more than a secret has
 _MAX_PARTS = 20  # of an exception group
 _MAX_FRAMES = 50  # of each of them, and of a cause; the innermost
+_MOMENT_S = 0.001
 _PR_SET_PDEATHSIG = 1
 RESULT = "result-"  # and the rank: the file with what a function has returned
 BINDING = "_DISTRIB_BINDING"  # environment variable: the rank's `numa.Binding` as JSON
@@ -142,13 +143,14 @@ class Recorder:
         self._record, self._pid, self._signal = record, os.getpid(), 0
         self._masks: dict[int, set[signal.Signals | int]] = {}  # of threads that are forking
         self._told = self._over = False
+        self._letting_go = self._late = 0
 
     def watch_signals(self) -> None:
         """Let SIGTERM end the program through `atexit`; a handler of the user's own replaces this one."""
         signal.signal(signal.SIGTERM, self._terminate)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
         for asked_to_end in (signal.SIGTERM, signal.SIGINT):  # tells where we stand, even in native code
-            faulthandler.register(asked_to_end, file=self._record, all_threads=True, chain=True)
+            faulthandler.register(asked_to_end, file=self._record, all_threads=False, chain=True)
         os.register_at_fork(
             before=self._hold, after_in_parent=self._let_go, after_in_child=self._forget_launcher
         )
@@ -164,9 +166,13 @@ class Recorder:
             sys.__excepthook__(kind, error, found)
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
-        if not self._over:  # else it is ending by itself
-            self._signal = number
-            raise SystemExit(128 + number)
+        if self._over:  # it is ending by itself
+            return
+        if self._letting_go:  # an exception would get no further than the callback
+            self._late = number
+            return
+        self._signal = number
+        raise SystemExit(128 + number)
 
     def _hold(self) -> None:
         """Keep a SIGTERM back while this thread forks: the child must get it after it has forgotten our handler."""
@@ -174,7 +180,12 @@ class Recorder:
         self._masks[threading.get_ident()] = held
 
     def _let_go(self) -> None:
+        self._letting_go += 1
         signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop(threading.get_ident()))
+        self._letting_go -= 1
+        if self._late and not self._letting_go:
+            number, self._late = self._late, 0
+            threading.Thread(target=_send_soon, args=(number,), daemon=True).start()
 
     def _forget_launcher(self) -> None:
         """In a forked child: a signal has its default effect, and a crash is told on stderr, not as the rank's."""
@@ -232,6 +243,12 @@ class Recorder:
         with os.fdopen(os.dup(self._record), "w", encoding="utf-8") as pipe:
             pipe.write(line)
         return int(event["exit_code"])
+
+
+def _send_soon(number: int) -> None:
+    """Send this process a signal when a callback that runs now is over; until then it is only put off again."""
+    time.sleep(_MOMENT_S)
+    os.kill(os.getpid(), number)
 
 
 def silence_unread_streams() -> bool:
@@ -341,6 +358,7 @@ def run_script(script: str) -> None:
     Raises whatever the program raises.
     """
     if Path(script).is_dir() or script.endswith((".zip", ".pyz")):
+        script = os.path.abspath(script)  # noqa: PTH100 (a plain string, as Python's own)
         _replace_path_entry(script)
         spec = importlib.machinery.PathFinder.find_spec("__main__", [script])
         if spec is None:
@@ -374,7 +392,7 @@ def run_function(call: str) -> None:
     """
     import pickle  # noqa: PLC0415 (a script may not need it)
 
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    _be_main(types.ModuleType("__main__"))
     with open(call, "rb") as file:  # noqa: PTH123 (as everywhere in this file)
         sys.path[:], sys.argv = pickle.load(file)  # noqa: S301 (from the process that started us)
         fn, args, kwargs = pickle.load(file)  # noqa: S301
@@ -403,8 +421,15 @@ def _run_code(code: CodeType, **names: object) -> None:
     """Execute in a fresh `__main__`, so that pickling and multiprocessing find there what plain Python has there."""
     module = types.ModuleType("__main__")
     module.__dict__.update(names, __builtins__=builtins)
-    sys.modules["__main__"] = module
+    _be_main(module)
     exec(code, module.__dict__)  # noqa: S102 (the user's program)
+
+
+def _be_main(module: types.ModuleType) -> None:
+    """Make a module the program's, for pickling and for `multiprocessing`, which has noted it under its own name."""
+    sys.modules["__main__"] = module
+    if "__mp_main__" in sys.modules:
+        sys.modules["__mp_main__"] = module
 
 
 def _replace_path_entry(entry: str) -> None:

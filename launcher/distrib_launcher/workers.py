@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -16,7 +17,6 @@ from typing import Any
 from distrib_launcher.starting import Handed, WorkerSpec
 
 _CRASH = "Fatal Python error"  # how faulthandler begins to tell of one
-_THREAD = re.compile(r"(Current thread|Thread) 0x")
 _OWN_FOLDER = f"{Path(__file__).parent}/"
 _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 
@@ -122,7 +122,7 @@ class Worker:
         """Send it a signal, if it still runs."""
         if self.returncode is None and self.pid:
             self._sent.add(number)
-            os.kill(self.pid, number)
+            _signal_main_thread(self.pid, number)
 
     def outcome(self, stop_at: float | None) -> Outcome:
         """Return how it ended.
@@ -156,10 +156,16 @@ class Worker:
                 os.close(fd)
 
 
+def _signal_main_thread(pid: int, number: int) -> None:
+    """Send a signal to a process's first thread, the only one whose Python stack its handler can tell."""
+    tgkill = getattr(ctypes.CDLL(None), "tgkill", None)  # glibc 2.30 and newer
+    if tgkill is None or tgkill(pid, pid, number) != 0:
+        os.kill(pid, number)
+
+
 def _frames(lines: list[str]) -> tuple[tuple[str, int, str], ...]:
-    """Return the main thread's frames, the program's outermost one last: it is the oldest, and stands at the end."""
-    begin = max((i for i, line in enumerate(lines) if _THREAD.match(line)), default=0)
-    found = (_FRAME.match(line) for line in lines[begin:])
+    """Return the frames of a stack, innermost first, without our own."""
+    found = (_FRAME.match(line) for line in lines)
     return tuple(
         (each[1], int(each[2]), each[3]) for each in found if each and not each[1].startswith(_OWN_FOLDER)
     )

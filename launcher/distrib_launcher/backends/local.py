@@ -64,7 +64,7 @@ class Launch:
 
     def __init__(self, plan: LaunchPlan, env: Mapping[str, str], *, embedded: bool = False) -> None:
         self._plan, self._env, self._embedded = plan, env, embedded
-        self.headline, self.interrupted = "", 0
+        self.headline, self.interrupted, self._is_closed = "", 0, False
         self._redactor = Redactor(env, plan.program.words)
         self._redact = self._redactor.text
         self._port = self._reserve()
@@ -101,7 +101,9 @@ class Launch:
         )
 
     def _close(self, code: int) -> None:
-        why = self._folder.close(code) if self._folder else ""
+        if not self._folder or self._is_closed:
+            return
+        self._is_closed, why = True, self._folder.close(code)
         if why:
             say(f"distrib: warning: its logs do not say that the launch has ended: {why}")
 
@@ -111,6 +113,8 @@ class Launch:
             before = count_oom_kills()
             ended = self._attempt(plan, supervisor)
             restarts = report.is_worth_a_restart(ended) and plan.attempt < plan.max_restarts
+            if not restarts:
+                self._close(report.exit_code(ended))  # the report is the last thing on the screen
             self._report(
                 ended,
                 report.Circumstances(
@@ -197,7 +201,7 @@ def _broken(why: PreloadFailed) -> LaunchError:
     return LaunchError(
         "D0313",
         f"the ranks cannot be started: {why}",
-        where="distrib launch",
+        where="; ".join(limits_behind(str(why))) or "distrib launch",
         fix="start it again; --start-method spawn does without that process",
     )
 
