@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from distrib.checkpoint import export_model, latest, retain
+from distrib.checkpoint import latest, retain
 from distrib.checkpoint.background import Background, Pending
+from distrib.checkpoint.companions import write_model
+from distrib.checkpoint.export import Include
 from distrib.collectives.inputs import check_rank, check_tensors
 from distrib.collectives.split import split
 from distrib.collectives.sync import check_in_sync
@@ -682,22 +684,37 @@ class Accelerator:
         max_shard_size: str | int = "10GB",
         *,
         dtype: torch.dtype | None = None,
-        include: Any = None,
+        include: Include | None = None,
+        adapter: str | None = None,
+        tokenizer: Any = None,
     ) -> None:
-        """Write the weights in the Hugging Face layout: model.safetensors, or shards and their index. Collective.
+        """Write the model in the Hugging Face layout, as `from_pretrained` loads it. Collective.
+
+        That is model.safetensors, or shards and their index, and `config.json` and `generation_config.json` of a model of
+        transformers.
 
         Args:
             model: A prepared or a plain model.
             save_directory: Made if it is missing.
             max_shard_size: Largest file, in bytes or such as "5GB".
             dtype: Number format of floating-point weights in the file; their own by default.
-            include: Not built yet.
+            include: Shell patterns of names ("head.*"), or a function of a name; all weights by default.
+            adapter: Name of an adapter of a PEFT model: only it is written, as PEFT reads it.
+            tokenizer: Saved beside the weights; anything with `save_pretrained`.
+
+        Raises:
+            CheckpointError: on every rank, if there is nothing to write, or rank 0 cannot.
         """
-        if include is not None:
-            raise NotBuiltError("save_model(include=...)")
-        state = self._strategy.sharded_state(TrainState((model,)))
-        export_model(
-            Path(save_directory), state, self._runtime.collectives, max_shard_size=max_shard_size, dtype=dtype
+        write_model(
+            Path(save_directory),
+            self._strategy.unwrap(model),
+            self._strategy.sharded_state(TrainState((model,))),
+            self._runtime.collectives,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            include=include,
+            adapter=adapter,
+            tokenizer=tokenizer,
         )
 
     def get_state_dict(self, model: nn.Module) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from distrib.checkpoint import Contents, Reader, Saving, begin, open_checkpoint, rng
+from distrib.checkpoint.adopt import adopt, is_conversion
 from distrib.checkpoint.agreement import together
 from distrib.data import PreparedDataLoader
 from distrib.errors import CheckpointError, DataError, did_you_mean
@@ -22,6 +23,7 @@ from distrib.precision import LossScaler
 from distrib.seeding import derive, part_noise_streams
 from distrib.state import Runtime, TensorSpec, TrainState
 from distrib.strategies import Strategy
+from distrib.strategies.slices import parameter_names
 from distrib.training import PreparedOptimizer, PreparedScheduler
 
 
@@ -123,6 +125,10 @@ def load_run(
     """
     _check_same_path(directory, runtime)
     reader = open_checkpoint(directory, runtime.collectives, verify=verify)
+    names = parameter_names([strategy.unwrap(model) for model in run.models])
+    reader = adopt(
+        reader, [x.optimizer for x in run.optimizers], names, [x.scheduler for x in run.schedulers]
+    )
     if strict:
         _check_parts(directory, reader, run)
     together(runtime.collectives, "comparing the data", lambda: _check_positions(reader, run))
@@ -216,6 +222,8 @@ def _check_parts(directory: Path, reader: Reader, run: RunState) -> None:
         "schedulers": (len(run.schedulers), len(reader.schedulers)),
         "registered objects": (len(run.custom), len(reader.custom)),
     }
+    if is_conversion(reader.manifest):
+        del pairs["data loaders"]  # other programs' positions are not taken over: the loaders begin anew
     for what, (here, there) in pairs.items():
         if here != there:
             raise CheckpointError(
@@ -241,6 +249,8 @@ def _restore_generators(reader: Reader, runtime: Runtime) -> None:
     Python's and numpy's generators, which are equal on all ranks, come from rank 0. torch's are seeded with
     (rank 0's saved seed, "noise", step, rank), so that the same resume draws the same numbers again.
     """
+    if is_conversion(reader.manifest):
+        return
     topology = runtime.topology
     if reader.world_size == topology.world_size:
         rng.restore(reader.rng(topology.rank), runtime.device_backend)

@@ -11,13 +11,14 @@ import fnmatch
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from distrib.checkpoint.adapters import STEM, adapter_key
 from distrib.checkpoint.agreement import collect, on_main, together
 from distrib.checkpoint.format import DTYPES, ITEMSIZE, code_of
 from distrib.checkpoint.plan import Held, Shape, Share, Where, canonical, holders_of, numel, pieces, size_of
@@ -28,8 +29,8 @@ from distrib.collectives.base import Collectives
 from distrib.errors import CheckpointError
 from distrib.state import ShardedState, Slice
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_OURS = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_ONE_FILE = 2**62  # bytes; PEFT reads one file only
+Include = Sequence[str] | Callable[[str], bool]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", re.IGNORECASE)
 _Mine = Mapping[tuple[str, Where], Slice]
 _UNITS = ("", "K", "M", "G", "T")
@@ -59,7 +60,9 @@ def export_model(
     max_shard_size: int | str = "10GB",
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
-    include: Sequence[str] | None = None,
+    include: Include | None = None,
+    rename: Callable[[str], str] | None = None,
+    stem: str = "model",
     durable: bool = True,
     storage: Storage | None = None,
 ) -> Path:
@@ -78,7 +81,10 @@ def export_model(
             of its own.
         metadata: Texts for the files' headers; {"format": "pt"} by default, which transformers asks for.
         dtype: Converts floating-point tensors to it; None leaves them.
-        include: Shell patterns of names (without `prefix`); None for all.
+        include: Which tensors: shell patterns of names (without `prefix`), one of which must fit, or a function that
+            is given a name; None for all.
+        rename: Returns the name in the file for a name without `prefix`; None leaves it.
+        stem: What the files' names begin with: "adapter_model" is what PEFT reads.
         durable: Wait until all bytes are on the medium.
         storage: The file operations; tests make them fail.
 
@@ -97,9 +103,11 @@ def export_model(
         if name.startswith(prefix) and _included(name.removeprefix(prefix), include)
     }
     announced = collect(collectives, "preparing the export", lambda: _announce(mine))
-    tensors = together(collectives, "planning the export", lambda: _tensors(announced, prefix, dtype))
+    tensors = together(
+        collectives, "planning the export", lambda: _tensors(announced, prefix, dtype, rename or str)
+    )
     shards = together(collectives, "planning the export", lambda: _shards(tensors, _bytes(max_shard_size)))
-    pending = {name: f".{name}.tmp-{secrets.token_hex(6)}" for name in _names(len(shards))}
+    pending = {name: f".{name}.tmp-{secrets.token_hex(6)}" for name in _names(len(shards), stem)}
     try:
         on_main(collectives, "starting the export", lambda: files.make_dirs(target))
         for shard, temp in zip(shards, pending.values(), strict=True):
@@ -109,12 +117,55 @@ def export_model(
         on_main(
             collectives,
             "completing the export",
-            lambda: _publish(files, target, pending, index, durable=durable),
+            lambda: _publish(files, target, stem, pending, index, durable=durable),
         )
     finally:
         if collectives.rank == 0:
             _discard(files, [target / temp for temp in pending.values()])
     return target
+
+
+def export_adapter(
+    directory: str | Path,
+    state: ShardedState,
+    collectives: Collectives,
+    *,
+    prefix: str = "model/",
+    adapter: str = "default",
+    include: Include | None = None,
+    dtype: torch.dtype | None = None,
+    durable: bool = True,
+    storage: Storage | None = None,
+) -> Path:
+    """Write only an adapter's tensors, as `adapter_model.safetensors`, which PEFT reads. Collective.
+
+    Args:
+        directory: As for `export_model`, and so are `state`, `collectives`, `prefix`, `dtype`, `durable`, `storage`.
+        state: This rank's slices.
+        collectives: The ranks that hold the model.
+        prefix: What the names of the model's tensors begin with.
+        adapter: Which of the adapters in PEFT's model; its name is left out of the tensors' names.
+        include: Which tensors, where their names do not tell (see `distrib.checkpoint.adapters`).
+        dtype: Converts floating-point tensors to it.
+        durable: Wait until all bytes are on the medium.
+        storage: The file operations.
+
+    Raises:
+        CheckpointError: on every rank, if there is no such tensor, or rank 0 cannot write.
+    """
+    return export_model(
+        directory,
+        state,
+        collectives,
+        prefix=prefix,
+        max_shard_size=_ONE_FILE,
+        dtype=dtype,
+        include=include or (lambda name: adapter_key(name, adapter) is not None),
+        rename=lambda name: adapter_key(name, adapter) or name,
+        stem=STEM,
+        durable=durable,
+        storage=storage,
+    )
 
 
 class _ShardWriter:
@@ -177,8 +228,10 @@ def _nbytes(held: Held) -> int:
     return size_of(held.where) * ITEMSIZE[held.dtype]
 
 
-def _included(name: str, patterns: Sequence[str] | None) -> bool:
-    return patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+def _included(name: str, include: Include | None) -> bool:
+    if include is None or callable(include):
+        return include is None or include(name)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
 
 
 def _announce(mine: _Mine) -> tuple[Held, ...]:
@@ -187,7 +240,12 @@ def _announce(mine: _Mine) -> tuple[Held, ...]:
     )
 
 
-def _tensors(announced: Sequence[tuple[Held, ...]], prefix: str, dtype: torch.dtype | None) -> list[_Tensor]:
+def _tensors(
+    announced: Sequence[tuple[Held, ...]],
+    prefix: str,
+    dtype: torch.dtype | None,
+    rename: Callable[[str], str],
+) -> list[_Tensor]:
     """Return the tensors in the order of the model, each part from the lowest rank that has it."""
     holders = holders_of([Share((rank,), held) for rank, held in enumerate(announced)])
     parts: dict[str, list[tuple[int, Held]]] = {}
@@ -196,8 +254,8 @@ def _tensors(announced: Sequence[tuple[Held, ...]], prefix: str, dtype: torch.dt
     if not parts:
         raise CheckpointError(
             "D0719",
-            f"there is nothing to export: no rank has a tensor whose name begins with {prefix!r}",
-            fix="export a model that has parameters, or let include= match some of their names",
+            f"there is nothing to export: no tensor whose name begins with {prefix!r} is chosen",
+            fix="export a model that has parameters (an adapter, if only adapters are written), or let include fit some names",
         )
     found = []
     for name, items in parts.items():
@@ -205,7 +263,7 @@ def _tensors(announced: Sequence[tuple[Held, ...]], prefix: str, dtype: torch.dt
         by_rank = tuple(sorted(items, key=lambda item: item[0]))  # the order in which a gather lays them out
         found.append(
             _Tensor(
-                name.removeprefix(prefix),
+                rename(name.removeprefix(prefix)),
                 held.shape,
                 held.dtype,
                 _converted(name, held.dtype, dtype),
@@ -246,10 +304,10 @@ def _bytes(size: int | str) -> int:
     return count
 
 
-def _names(count: int) -> list[str]:
-    return (
-        [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    )
+def _names(count: int, stem: str) -> list[str]:
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def _index(shards: Sequence[Sequence[_Tensor]], names: Sequence[str]) -> bytes:
@@ -260,19 +318,26 @@ def _index(shards: Sequence[Sequence[_Tensor]], names: Sequence[str]) -> bytes:
 
 
 def _publish(
-    storage: Storage, target: Path, pending: Mapping[str, str], index: bytes | None, *, durable: bool
+    storage: Storage,
+    target: Path,
+    stem: str,
+    pending: Mapping[str, str],
+    index: bytes | None,
+    *,
+    durable: bool,
 ) -> None:
     """Give the files their names, write the index, and remove what an earlier export leaves over."""
     for name, hidden in pending.items():
         storage.rename(target / hidden, target / name)
-    names = set(pending)
+    names, index_name = set(pending), f"{stem}.safetensors.index.json"
     if index is not None:
-        names.add(INDEX)
-        temp = target / f".{INDEX}.tmp-{secrets.token_hex(6)}"
+        names.add(index_name)
+        temp = target / f".{index_name}.tmp-{secrets.token_hex(6)}"
         write_bytes(storage, temp, index, durable=durable)
-        storage.rename(temp, target / INDEX)
+        storage.rename(temp, target / index_name)
+    ours = re.compile(rf"{re.escape(stem)}(?:-\d{{5}}-of-\d{{5}})?\.safetensors(?:\.index\.json)?")
     for name in entries(target):
-        if _OURS.fullmatch(name) and name not in names:
+        if ours.fullmatch(name) and name not in names:
             storage.unlink(target / name)
     if durable:
         storage.sync_dir(target)

@@ -11,7 +11,13 @@ from distrib.errors import CheckpointError
 
 
 def retain(
-    directory: str | Path, keep_last: int, *, prefix: str = "step-", storage: Storage | None = None
+    directory: str | Path,
+    keep_last: int,
+    *,
+    keep_every: int | None = None,
+    dry_run: bool = False,
+    prefix: str = "step-",
+    storage: Storage | None = None,
 ) -> list[Path]:
     """Remove all but the newest complete checkpoints of `directory`. Main only, after a save.
 
@@ -21,6 +27,8 @@ def retain(
     Args:
         directory: Where the checkpoints lie side by side.
         keep_last: How many to keep, at least 1.
+        keep_every: Also keep those whose number is a multiple of it; None for no others.
+        dry_run: Whether to say only what would go.
         prefix: What their names begin with.
         storage: The file operations; tests make them fail.
 
@@ -28,17 +36,26 @@ def retain(
         What was removed, oldest first.
 
     Raises:
-        CheckpointError: if `keep_last` is below 1, or the file system refuses.
+        CheckpointError: if `keep_last` or `keep_every` is below 1, or the file system refuses.
     """
-    if keep_last < 1:
+    _check_at_least_1("keep_last", keep_last)
+    if keep_every is not None:
+        _check_at_least_1("keep_every", keep_every)
+    complete = [
+        (number, path) for number, path in numbered(directory, prefix) if incompleteness(path) is None
+    ]
+    old = [path for number, path in complete[:-keep_last] if keep_every is None or number % keep_every]
+    return old if dry_run else [path for path in old if _remove(path, storage or Storage())]
+
+
+def _check_at_least_1(name: str, value: int) -> None:
+    if value < 1:
         raise CheckpointError(
             "D0720",
-            f"{keep_last} checkpoints to keep; expected at least 1",
-            where="checkpoint.keep_last",
+            f"got {value}; expected at least 1",
+            where=f"checkpoint.{name}",
             fix="set it to 1 or more",
         )
-    complete = [path for _, path in numbered(directory, prefix) if incompleteness(path) is None]
-    return [path for path in complete[:-keep_last] if _remove(path, storage or Storage())]
 
 
 def _remove(path: Path, storage: Storage) -> bool:

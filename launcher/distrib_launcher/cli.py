@@ -16,6 +16,10 @@ from distrib_launcher.output import open_closed_streams, say
 
 _COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "launch": ("distrib_launcher.commands.launch:launch", "Run a program on one or more processes."),
+    "checkpoint": (
+        "distrib_launcher.commands.checkpoint:checkpoint",
+        "Look at checkpoints, check, compare, export, convert and remove them.",
+    ),
     "logs": ("distrib_launcher.commands.logs:logs", "Print what the ranks of a launch have written."),
 }
 

@@ -92,7 +92,9 @@ def notebook_launcher(
     given = {
         "launch.nproc_per_node": num_processes,
         "mixed_precision": mixed_precision,
-        "launch.master_port": int(use_port) if isinstance(use_port, str) and use_port.isdecimal() else use_port,
+        "launch.master_port": int(use_port)
+        if isinstance(use_port, str) and use_port.isdecimal()
+        else use_port,
         "launch.max_restarts": max_restarts or None,
     }
     values = {key: value for key, value in given.items() if value is not None}

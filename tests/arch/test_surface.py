@@ -60,7 +60,7 @@ METHODS = {  # name -> its parameters; * before those that are keywords only
     "pad_across_processes": "x dim pad_index pad_first",
     "save_state": "output_dir * blocking durable",
     "load_state": "input_dir * strict ignore verify allow_pickle",
-    "save_model": "model save_directory max_shard_size * dtype include",
+    "save_model": "model save_directory max_shard_size * dtype include adapter tokenizer",
     "get_state_dict": "model",
     "unwrap_model": "model keep_fp32_wrapper keep_torch_compile",
     "gathered": "*models",

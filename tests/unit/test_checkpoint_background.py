@@ -194,7 +194,10 @@ def test_copies_are_contiguous_bitwise_and_share_one_block():
         torch.randn(3, dtype=torch.complex64).conj(),
     ]
     first = arena.copies(given)
-    assert all(torch.equal(a, b) and a.is_contiguous() and a.dtype is b.dtype for a, b in zip(first, given, strict=True))
+    assert all(
+        torch.equal(a, b) and a.is_contiguous() and a.dtype is b.dtype
+        for a, b in zip(first, given, strict=True)
+    )
     place = first[0].data_ptr()
     assert arena.copies(given[:1])[0].data_ptr() == place
     larger = arena.copies([torch.ones(100_000)])
