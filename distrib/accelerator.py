@@ -21,6 +21,7 @@ from distrib.checkpoint import latest, retain
 from distrib.checkpoint.background import Background, Pending
 from distrib.checkpoint.companions import write_model
 from distrib.checkpoint.export import Include
+from distrib.checkpoint.retention import Best
 from distrib.collectives.inputs import check_rank, check_tensors
 from distrib.collectives.split import split
 from distrib.collectives.sync import check_in_sync
@@ -38,7 +39,7 @@ from distrib.data import (
 from distrib.errors import ConfigError, DataError, NotBuiltError, NotBuiltNameError, StrategyError
 from distrib.logging import notice
 from distrib.precision import LossScaler, autocast, remove_precision
-from distrib.run_state import RunState, begin_save, load_run
+from distrib.run_state import RunState, begin_save, check_metrics, load_run
 from distrib.seeding import derive, part_noise_streams, set_seed
 from distrib.startup import call_site, read_config, start
 from distrib.state import TrainState
@@ -583,7 +584,12 @@ class Accelerator:
     # Checkpoints
 
     def save_state(
-        self, output_dir: str | Path | None = None, *, blocking: bool = True, durable: bool = True
+        self,
+        output_dir: str | Path | None = None,
+        *,
+        blocking: bool = True,
+        durable: bool = True,
+        metrics: Mapping[str, float] | None = None,
     ) -> SaveHandle:
         """Write models, optimizers, schedulers, data positions and generators, whole or not at all. Collective.
 
@@ -593,6 +599,8 @@ class Accelerator:
             blocking: False returns when the state has been copied to host memory, and writes it in the background.
                 The next save, `load_state` and `end_training` wait for that, and so does the end of the process.
             durable: Flush to the disk before the checkpoint becomes visible.
+            metrics: Numbers that say how good this state is, such as {"loss": 0.3}; rank 0's are stored. With
+                `checkpoint.keep_best`, the best checkpoints stay.
 
         Raises:
             CheckpointError: on every rank if one cannot write; an older checkpoint stays as it was. An error in the
@@ -603,12 +611,16 @@ class Accelerator:
             Path(output_dir) if output_dir is not None else self._checkpoints / f"step-{self._run.step:08d}"
         )
         info = {"strategy": type(self._strategy).__name__, "config": dict(self._config.set_values())}
-        saving = begin_save(directory, self._run, self._strategy, self._runtime, info, durable=durable)
-        keep = self._config.checkpoint.keep_last if output_dir is None and self.is_main_process else None
+        keep, given = self._config.checkpoint, {name: float(value) for name, value in (metrics or {}).items()}
+        check_metrics(keep.best_metric if keep.keep_best else None, given)
+        saving = begin_save(
+            directory, self._run, self._strategy, self._runtime, info, metrics=given, durable=durable
+        )
+        best = Best(str(keep.best_metric), keep.best_mode, keep.keep_best) if keep.keep_best else None
 
         def after() -> None:
-            if keep is not None:
-                retain(self._checkpoints, keep)
+            if output_dir is None and keep.keep_last is not None and self.is_main_process:
+                retain(self._checkpoints, keep.keep_last, keep_every=keep.keep_every, best=best)
 
         if not blocking:
             return SaveHandle(directory, self._background.start(saving, after))

@@ -16,6 +16,7 @@ from torch import nn
 from distrib.checkpoint import Contents, Reader, Saving, begin, open_checkpoint, rng
 from distrib.checkpoint.adopt import adopt, is_conversion
 from distrib.checkpoint.agreement import together
+from distrib.checkpoint.retention import METRICS
 from distrib.data import PreparedDataLoader
 from distrib.errors import CheckpointError, DataError, did_you_mean
 from distrib.logging import notice
@@ -75,6 +76,7 @@ def begin_save(
     runtime: Runtime,
     info: Mapping[str, Any],
     *,
+    metrics: Mapping[str, float],
     durable: bool,
 ) -> Saving:
     """Plan a checkpoint of the run as it is now, at exactly `directory`. Collective."""
@@ -93,10 +95,29 @@ def begin_save(
         scaler=run.scaler.state_dict() if run.scaler else None,
         rng=rng.capture(runtime.device_backend),
         custom=[item.state_dict() for item in run.custom],
-        counters={"step": run.step, "optimizer_steps": [x.num_steps for x in run.optimizers]},
+        counters={
+            "step": run.step,
+            "optimizer_steps": [x.num_steps for x in run.optimizers],
+            METRICS: dict(metrics),
+        },
         info=dict(info),
     )
     return begin(directory, contents, runtime.collectives, durable=durable)
+
+
+def check_metrics(wanted: str | None, given: Mapping[str, float]) -> None:
+    """Refuse a save that does not say how good it is although the best are to be kept.
+
+    Raises:
+        CheckpointError: D0751.
+    """
+    if wanted is not None and wanted not in given:
+        raise CheckpointError(
+            "D0751",
+            f"the best checkpoints by {wanted!r} are to be kept, but save_state was given {sorted(given) or 'no metrics'}",
+            where="checkpoint.best_metric",
+            fix=f"call save_state(metrics={{{wanted!r}: value}}), or set checkpoint.keep_best: null",
+        )
 
 
 def load_run(

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Final, NamedTuple
 
 from distrib.checkpoint.claim import remove_checkpoint
-from distrib.checkpoint.reader import incompleteness, numbered
+from distrib.checkpoint.codec import decode
+from distrib.checkpoint.reader import incompleteness, inspect, numbered
 from distrib.checkpoint.storage import LockedError, Storage
 from distrib.errors import CheckpointError
+
+METRICS: Final = "metrics"  # where the counters of a manifest have them
+
+
+class Best(NamedTuple):
+    """Which checkpoints are the best, by a metric that `save_state` was given.
+
+    Attributes:
+        metric: Its name.
+        mode: "min" or "max": which value is the best.
+        number: How many are kept.
+    """
+
+    metric: str
+    mode: str
+    number: int
+
+    def of(self, paths: Sequence[Path]) -> list[Path]:
+        """Return the best of these; of equal ones the newest, which stands last. One without the metric is no candidate."""
+        found = [(_metrics_of(path).get(self.metric, math.nan), path) for path in reversed(paths)]
+        candidates = [(value, path) for value, path in found if not math.isnan(value)]
+        candidates.sort(key=lambda pair: pair[0], reverse=self.mode == "max")
+        return [path for _, path in candidates[: self.number]]
 
 
 def retain(
@@ -15,6 +42,7 @@ def retain(
     keep_last: int,
     *,
     keep_every: int | None = None,
+    best: Best | None = None,
     dry_run: bool = False,
     prefix: str = "step-",
     storage: Storage | None = None,
@@ -28,6 +56,7 @@ def retain(
         directory: Where the checkpoints lie side by side.
         keep_last: How many to keep, at least 1.
         keep_every: Also keep those whose number is a multiple of it; None for no others.
+        best: Also keep the best ones; None for no others.
         dry_run: Whether to say only what would go.
         prefix: What their names begin with.
         storage: The file operations; tests make them fail.
@@ -44,8 +73,16 @@ def retain(
     complete = [
         (number, path) for number, path in numbered(directory, prefix) if incompleteness(path) is None
     ]
-    old = [path for number, path in complete[:-keep_last] if keep_every is None or number % keep_every]
+    kept = {path for _, path in complete[-keep_last:]}
+    kept |= {path for number, path in complete if keep_every is not None and number % keep_every == 0}
+    kept |= set(best.of([path for _, path in complete])) if best is not None else set()
+    old = [path for _, path in complete if path not in kept]
     return old if dry_run else [path for path in old if _remove(path, storage or Storage())]
+
+
+def _metrics_of(path: Path) -> dict[str, float]:
+    found: dict[str, float] = decode(inspect(path).counters, str(path)).get(METRICS, {})
+    return found
 
 
 def _check_at_least_1(name: str, value: int) -> None:

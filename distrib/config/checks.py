@@ -158,7 +158,21 @@ def _not_built_values(winners: Mapping[str, Setting]) -> list[ConfigError]:
 
 
 def _check_together(winners: Mapping[str, Setting]) -> list[ConfigError]:
-    return [*_one_batch_size(winners), *_options_of_another_strategy(winners)]
+    return [*_one_batch_size(winners), *_options_of_another_strategy(winners), *_best_by_what(winners)]
+
+
+def _best_by_what(winners: Mapping[str, Setting]) -> list[ConfigError]:
+    best, metric = winners.get("checkpoint.keep_best"), winners.get("checkpoint.best_metric")
+    if best is None or best.value is None or (metric is not None and metric.value is not None):
+        return []
+    return [
+        ConfigError(
+            "D0107",
+            "the best checkpoints are to be kept, but not by which metric; expected checkpoint.best_metric too",
+            where=best.where,
+            fix='set checkpoint.best_metric to a name that save_state(metrics={"loss": value}) uses',
+        )
+    ]
 
 
 def _one_batch_size(winners: Mapping[str, Setting]) -> list[ConfigError]:

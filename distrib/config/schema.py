@@ -178,6 +178,10 @@ class CheckpointSection(Section):
 
     dir: PathText = "checkpoints"
     keep_last: Count | None = 3
+    keep_every: Count | None = None
+    keep_best: Count | None = None
+    best_metric: str | None = None
+    best_mode: Literal["min", "max"] = "min"
     on_signal: bool = False
 
 

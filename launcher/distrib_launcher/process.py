@@ -236,7 +236,8 @@ class Supervisor:
             self._wait_for_starter(_START_LIMIT_S)
         except StartRefused as refusal:
             refused = refusal
-        if self._starter.waits_on is not None:  # interrupted, or broken: whom it has started, we find by their marks
+        if self._starter.waits_on is not None:
+            # Interrupted, or refused half-way: whom it has started, we find by their marks.
             self._starter.close()
             self._starter = Spawner(self.marker)
         pids = self._starter.started

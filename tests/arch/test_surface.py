@@ -58,7 +58,7 @@ METHODS = {  # name -> its parameters; * before those that are keywords only
     "gather_object": "x",
     "broadcast_object": "x from_process",
     "pad_across_processes": "x dim pad_index pad_first",
-    "save_state": "output_dir * blocking durable",
+    "save_state": "output_dir * blocking durable metrics",
     "load_state": "input_dir * strict ignore verify allow_pickle",
     "save_model": "model save_directory max_shard_size * dtype include adapter tokenizer",
     "get_state_dict": "model",
