@@ -81,7 +81,7 @@ def measured(folder: Path, where: str, ranks: int) -> Iterator[Row]:
     yield row
 
 
-def blocking(ours: Any, peer: Any, state: OneFile, folder: Path, where: str, ranks: int) -> Row:
+def blocking(ours: Any, peer: Any, state: "OneFile", folder: Path, where: str, ranks: int) -> Row:
     """Return how long the training loop waits for a save that goes on behind it; Accelerate's has no such mode."""
     copy = OneFile(state.bytes // ranks)  # what one rank copies
     turns: dict[str, Turn] = {

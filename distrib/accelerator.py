@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from distrib.checkpoint import latest, retain
+from distrib.checkpoint import Location, Url, latest, locate, locate_below, retain
 from distrib.checkpoint.background import Background, Pending
 from distrib.checkpoint.companions import write_model
 from distrib.checkpoint.export import Include
@@ -36,7 +36,14 @@ from distrib.data import (
     gather_true_rows,
     refuse_after_the_loop,
 )
-from distrib.errors import ConfigError, DataError, NotBuiltError, NotBuiltNameError, StrategyError
+from distrib.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NotBuiltError,
+    NotBuiltNameError,
+    StrategyError,
+)
 from distrib.logging import notice
 from distrib.precision import LossScaler, autocast, remove_precision
 from distrib.run_state import RunState, begin_save, check_metrics, load_run
@@ -59,7 +66,7 @@ _NOT_BUILT = frozenset({
 class SaveHandle:
     """A checkpoint at `path`, which is complete, or being written in the background."""
 
-    path: Path
+    path: Location
     _pending: Pending | None = None
 
     @property
@@ -67,7 +74,7 @@ class SaveHandle:
         """Whether writing has ended, well or not."""
         return self._pending is None or not self._pending.is_alive()
 
-    def wait(self) -> Path:
+    def wait(self) -> Location:
         """Return the path once the checkpoint is complete.
 
         Raises:
@@ -213,7 +220,18 @@ class Accelerator:
 
     @property
     def project_dir(self) -> Path:
-        """Where relative paths of outputs begin."""
+        """Where relative paths of outputs begin.
+
+        Raises:
+            CheckpointError: if it is a URL, below which only checkpoints can lie.
+        """
+        if isinstance(locate(self._config.project_dir), Url):
+            raise CheckpointError(
+                "D0741",
+                "is a URL; trackers and other outputs than checkpoints need a directory",
+                where=f"project_dir ({self._config.project_dir})",
+                fix="set checkpoint.dir to the URL, and project_dir to a directory",
+            )
         return Path(self._config.project_dir)
 
     # Prepare
@@ -585,7 +603,7 @@ class Accelerator:
 
     def save_state(
         self,
-        output_dir: str | Path | None = None,
+        output_dir: str | Path | Url | None = None,
         *,
         blocking: bool = True,
         durable: bool = True,
@@ -594,7 +612,8 @@ class Accelerator:
         """Write models, optimizers, schedulers, data positions and generators, whole or not at all. Collective.
 
         Args:
-            output_dir: Exactly this directory, replacing a checkpoint there in one swap. Default:
+            output_dir: Exactly this directory, or URL of an object store ("s3://bucket/run/best"), replacing a checkpoint
+                there in one step. Default:
                 `<project_dir>/<checkpoint.dir>/step-<n>`, of which the newest `checkpoint.keep_last` are kept.
             blocking: False returns when the state has been copied to host memory, and writes it in the background.
                 The next save, `load_state` and `end_training` wait for that, and so does the end of the process.
@@ -608,7 +627,7 @@ class Accelerator:
         """
         self._background.wait()
         directory = (
-            Path(output_dir) if output_dir is not None else self._checkpoints / f"step-{self._run.step:08d}"
+            locate(output_dir) if output_dir is not None else self._checkpoints / f"step-{self._run.step:08d}"
         )
         info = {"strategy": type(self._strategy).__name__, "config": dict(self._config.set_values())}
         keep, given = self._config.checkpoint, {name: float(value) for name, value in (metrics or {}).items()}
@@ -619,8 +638,14 @@ class Accelerator:
         best = Best(str(keep.best_metric), keep.best_mode, keep.keep_best) if keep.keep_best else None
 
         def after() -> None:
-            if output_dir is None and keep.keep_last is not None and self.is_main_process:
+            if output_dir is not None or keep.keep_last is None or not self.is_main_process:
+                return
+            try:
                 retain(self._checkpoints, keep.keep_last, keep_every=keep.keep_every, best=best)
+            except (
+                CheckpointError
+            ) as error:  # the new one is complete; the other ranks know nothing of old ones
+                notice(f"warning: {error}")
 
         if not blocking:
             return SaveHandle(directory, self._background.start(saving, after))
@@ -630,19 +655,19 @@ class Accelerator:
 
     def load_state(
         self,
-        input_dir: str | Path | None = None,
+        input_dir: str | Path | Url | None = None,
         *,
         strict: bool = True,
         ignore: Iterable[str] = (),
         verify: bool = True,
         allow_pickle: bool = False,
-    ) -> Path | None:
+    ) -> Location | None:
         """Continue where a checkpoint stood; prepare everything first. Collective.
 
         The next loop over a prepared loader goes on with the very next sample, once.
 
         Args:
-            input_dir: A checkpoint. Default: the newest complete one of the run, if there is one.
+            input_dir: A checkpoint's directory or URL. Default: the newest complete one of the run, if there is one.
             strict: False takes what the checkpoint and the run have in common: tensors, loaders, schedulers and registered
                 objects that only one of them has are left as they are. A wrong shape is refused all the same.
             ignore: Shell patterns of parameters that stay as they are, and what optimizers know of them: "model/head.*";
@@ -659,7 +684,7 @@ class Accelerator:
         if allow_pickle:
             raise NotBuiltError("load_state(allow_pickle=...)")
         self._background.wait()
-        directory = Path(input_dir) if input_dir is not None else self._newest()
+        directory = locate(input_dir) if input_dir is not None else self._newest()
         if directory is None:
             return None
         load_run(
@@ -717,6 +742,13 @@ class Accelerator:
         Raises:
             CheckpointError: on every rank, if there is nothing to write, or rank 0 cannot.
         """
+        if isinstance(locate(save_directory), Url):
+            raise CheckpointError(
+                "D0741",
+                "is a URL; a model is written to a directory",
+                where=f"save_model ({save_directory})",
+                fix="write it to a directory, and upload that: huggingface_hub's upload_folder, aws s3 cp --recursive",
+            )
         write_model(
             Path(save_directory),
             self._strategy.unwrap(model),
@@ -755,10 +787,10 @@ class Accelerator:
         return loader
 
     @property
-    def _checkpoints(self) -> Path:
-        return self.project_dir / self._config.checkpoint.dir
+    def _checkpoints(self) -> Location:
+        return locate_below(self._config.project_dir, self._config.checkpoint.dir)
 
-    def _newest(self) -> Path | None:
+    def _newest(self) -> Location | None:
         """Return rank 0's newest complete checkpoint, so that all ranks load the same. Collective."""
         found = latest(self._checkpoints) if self.is_main_process else None
         found = self._runtime.collectives.broadcast_object(found)

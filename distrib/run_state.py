@@ -7,13 +7,12 @@ import fnmatch
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from distrib.checkpoint import Contents, Reader, Saving, begin, open_checkpoint, rng
+from distrib.checkpoint import Contents, Location, Reader, Saving, begin, open_checkpoint, rng
 from distrib.checkpoint.adopt import adopt, is_conversion
 from distrib.checkpoint.agreement import together
 from distrib.checkpoint.retention import METRICS
@@ -70,7 +69,7 @@ class RunState:
 
 
 def begin_save(
-    directory: Path,
+    directory: Location,
     run: RunState,
     strategy: Strategy,
     runtime: Runtime,
@@ -121,7 +120,7 @@ def check_metrics(wanted: str | None, given: Mapping[str, float]) -> None:
 
 
 def load_run(
-    directory: Path,
+    directory: Location,
     run: RunState,
     strategy: Strategy,
     runtime: Runtime,
@@ -217,8 +216,8 @@ def _loaded(run: RunState, reader: Reader) -> Iterator[None]:
         raise
 
 
-def _check_same_path(directory: Path, runtime: Runtime) -> None:
-    everyone = runtime.collectives.gather_object(str(directory.absolute()))
+def _check_same_path(directory: Location, runtime: Runtime) -> None:
+    everyone = runtime.collectives.gather_object(str(directory))
     other = next((rank for rank, path in enumerate(everyone) if path != everyone[0]), None)
     if other is not None:
         raise CheckpointError(
@@ -236,7 +235,7 @@ def _check_positions(reader: Reader, run: RunState) -> None:
             raise CheckpointError(error.code, error.problem, where=str(reader.path), fix=error.fix) from error
 
 
-def _check_parts(directory: Path, reader: Reader, run: RunState) -> None:
+def _check_parts(directory: Location, reader: Reader, run: RunState) -> None:
     pairs = {
         "optimizers": (len(run.optimizers), len(reader.counters["optimizer_steps"])),
         "data loaders": (len(run.loaders), len(reader.loaders)),

@@ -2,19 +2,24 @@
 
 from distrib.checkpoint.export import export_model
 from distrib.checkpoint.format import Manifest
+from distrib.checkpoint.location import Location, Url, locate, locate_below
 from distrib.checkpoint.reader import Reader, inspect, latest, open_checkpoint, verify
 from distrib.checkpoint.retention import retain
 from distrib.checkpoint.writer import Contents, Saving, begin, save
 
 __all__ = [
     "Contents",
+    "Location",
     "Manifest",
     "Reader",
     "Saving",
+    "Url",
     "begin",
     "export_model",
     "inspect",
     "latest",
+    "locate",
+    "locate_below",
     "open_checkpoint",
     "retain",
     "save",

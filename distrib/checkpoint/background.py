@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
+from distrib.checkpoint.location import Location
 from distrib.checkpoint.staging import Arena
 from distrib.checkpoint.writer import Saving
 from distrib.collectives.base import Collectives
@@ -36,7 +38,7 @@ class Pending(threading.Thread):
         except BaseException as error:  # noqa: BLE001 (raised where somebody waits, or logged at the end)
             self._error = error
 
-    def wait(self) -> Path:
+    def wait(self) -> Location:
         """Return the path when the checkpoint is complete.
 
         Raises:
@@ -67,6 +69,7 @@ class Background:
         self._main, self._beside = collectives, None
         self._arena = Arena()
         self._last: Pending | None = None
+        _before_executors_end(self._join)
 
     _beside: Collectives | None
 
@@ -93,8 +96,26 @@ class Background:
         if last is not None:
             last.wait()
 
+    def _join(self) -> None:
+        if self._last is not None:
+            self._last.join()
+
     def finish(self) -> None:
         """At the end of the process: wait, and log a failure that nobody has been told of."""
         if self._last is not None:
             self._last.tell()
             self._last = None
+
+
+def _before_executors_end(function: Callable[[], None]) -> None:
+    """Call `function` when the main thread has ended, while thread pools still take work.
+
+    The interpreter shuts all pools before it waits for other threads, and the clients of object stores look up names
+    in one: without this, a save that is still being written would fail when it needs a new connection. `atexit` is
+    later still. Python has no public hook at this point; concurrent.futures uses this one, and must have done so first.
+    """
+    assert concurrent.futures.thread  # imported, so registered: the hooks are called in reverse order
+    register = getattr(threading, "_register_atexit", None)
+    if register is not None:
+        with contextlib.suppress(RuntimeError):  # the interpreter is ending already
+            register(function)

@@ -15,20 +15,26 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distrib.checkpoint.format import MAGIC, MANIFEST
+from distrib.checkpoint import remote
+from distrib.checkpoint.format import MAGIC, MANIFEST, Manifest, dump
+from distrib.checkpoint.location import Location, Url
 from distrib.checkpoint.storage import LockedError, Storage, entries, is_our_lock, remove_tree
+from distrib.checkpoint.tensorfile import write_bytes
 from distrib.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 _LOCK = re.compile(r"\.(?P<name>.+)\.lock")
+_SMALL_FILES_BYTES = 2**20  # room for manifest, documents and the file system's own blocks
 
 
-def is_checkpoint(directory: Path) -> bool:
-    """Whether a directory has a manifest of ours; says nothing about its state."""
+def is_checkpoint(directory: Location) -> bool:
+    """Whether a directory or URL has a manifest of ours; says nothing about its state."""
+    if isinstance(directory, Url):
+        return remote.is_checkpoint(directory)
     manifest = directory / MANIFEST
     try:
         if directory.is_symlink() or not stat.S_ISREG(manifest.lstat().st_mode):
@@ -45,7 +51,10 @@ class Claim:
     Attributes:
         target: The checkpoint's directory.
         temp: The hidden sibling that becomes it.
+        folder: "": the files lie beside the manifest.
     """
+
+    folder = ""
 
     def __init__(self, target: Path, storage: Storage, *, durable: bool, lock: int) -> None:
         self.target, self.storage, self.durable = target, storage, durable
@@ -73,6 +82,30 @@ class Claim:
             claim.release()
             raise
         return claim
+
+    def make_room(self, folders: Iterable[str], num_bytes: int) -> None:
+        """Make the folders, and refuse to begin what cannot fit on the disk.
+
+        Raises:
+            CheckpointError: if less than `num_bytes` are free.
+        """
+        for folder in folders:
+            self.storage.make_dir(self.temp / folder)
+        needed, free = num_bytes + _SMALL_FILES_BYTES, self.storage.free_bytes(self.temp)
+        if needed > free:
+            raise CheckpointError(
+                "D0713",
+                f"the checkpoint needs {needed / 2**20:,.1f} MiB, but only {free / 2**20:,.1f} MiB are free",
+                where=str(self.target.parent),
+                fix="make room there, keep fewer checkpoints, or save to another file system",
+            )
+
+    def complete(self, manifest: Manifest) -> None:
+        """Write the manifest, make the directories durable and show the checkpoint."""
+        write_bytes(self.storage, self.temp / MANIFEST, dump(manifest), durable=self.durable)
+        for folder in sorted({Path(name).parent for name in manifest.files} | {Path()}):
+            self.sync_dir(self.temp / folder)
+        self.commit()
 
     def commit(self) -> None:
         """Make `temp` the checkpoint, in one step where the system can; on failure the previous one is back."""
@@ -180,9 +213,9 @@ def clean_strays(parent: Path, storage: Storage) -> None:
             _log.warning("could not remove what a dead job left at %s: %s", target, error)
 
 
-def restore_aside(target: Path, storage: Storage) -> None:
+def restore_aside(target: Location, storage: Storage) -> None:
     """Bring back a checkpoint that a job had moved aside when it died in the middle of a swap."""
-    if target.exists() or not any(_siblings(target, "old")):
+    if isinstance(target, Url) or target.exists() or not any(_siblings(target, "old")):
         return
     with contextlib.suppress(OSError), locked(target, storage):
         _clean(target, storage)
@@ -204,13 +237,17 @@ def locked(target: Path, storage: Storage) -> Iterator[None]:
         storage.close(lock)
 
 
-def remove_checkpoint(target: Path, storage: Storage) -> None:
+def remove_checkpoint(target: Location, storage: Storage) -> None:
     """Remove a checkpoint so that no instant shows a part of it.
 
     Raises:
         LockedError: if a job is saving to it.
         OSError: if the file system refuses.
+        CheckpointError: if the store of a URL refuses.
     """
+    if isinstance(target, Url):
+        remote.remove_checkpoint(target)
+        return
     with locked(target, storage):
         gone = _sibling(target, "tmp")
         storage.rename(target, gone)

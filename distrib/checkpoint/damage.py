@@ -7,12 +7,13 @@ from pathlib import Path
 
 from distrib.checkpoint.files import Directory
 from distrib.checkpoint.format import Manifest, checked_bytes
+from distrib.checkpoint.location import Url, locate
 from distrib.checkpoint.progress import Progress, no_progress
 from distrib.checkpoint.reader import inspect
 from distrib.errors import CheckpointError
 
 
-def damage(directory: str | Path, progress: Progress = no_progress) -> Iterator[CheckpointError]:
+def damage(directory: str | Path | Url, progress: Progress = no_progress) -> Iterator[CheckpointError]:
     """Read every byte of a checkpoint and yield what is missing, cut short or changed.
 
     A file whose size is wrong is one finding; of all others each damaged tensor, or the file's head, is one.
@@ -21,7 +22,8 @@ def damage(directory: str | Path, progress: Progress = no_progress) -> Iterator[
         CheckpointError: if the manifest cannot be trusted, so that nothing can be said about the rest.
     """
     manifest = inspect(directory)
-    opened = Directory(Path(directory).absolute())
+    opened = Directory(locate(directory))
+    opened.enter(manifest.folder)
     try:
         broken = {}
         for name in sorted(manifest.files):

@@ -7,12 +7,15 @@ import os
 import stat
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import xxhash
 
-from distrib.checkpoint.format import MAX_JSON_BYTES, Extent, FileRecord, checksum
+from distrib.checkpoint.format import MANIFEST, MAX_JSON_BYTES, Extent, FileRecord, checksum
+from distrib.checkpoint.location import Location, Url
+from distrib.checkpoint.objects import Objects
 from distrib.errors import CheckpointError
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -20,39 +23,67 @@ _BUFFER = 2**20  # bytes hashed at a time: small enough to stay in the cache
 _ANOTHER = "load another checkpoint, or copy this one again from where it is whole"
 
 
-class Directory:
-    """An open checkpoint directory. What was opened stays the same one, even if another is swapped into its place."""
+class OpenFile(Protocol):
+    """A file of a checkpoint, open for reading."""
 
-    def __init__(self, path: Path) -> None:
+    piece: int  # bytes that are best asked for at a time
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+        ...
+
+    def read(self) -> bytes:
+        """Return all of it."""
+        ...
+
+    def read_into(self, view: memoryview, at: int) -> int:
+        """Fill `view` from offset `at` on, as far as one request goes; returns the bytes read, 0 at the end."""
+        ...
+
+
+class Files(Protocol):
+    """What lies in a checkpoint's place."""
+
+    def open(self, name: str) -> AbstractContextManager[OpenFile]:
+        """Open a file by its path below the place."""
+        ...
+
+    def close(self) -> None:
+        """Give it back; safe to call twice."""
+        ...
+
+
+class Directory:
+    """An open checkpoint, in a directory or at a URL.
+
+    Of a directory, what was opened stays the same one, even if another is swapped into its place.
+    """
+
+    def __init__(self, path: Location) -> None:
         self.path = path
+        self._folder = ""
         with self._reading(path):
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.close = weakref.finalize(self, os.close, self._descriptor)
+            self._files: Files = Objects(path) if isinstance(path, Url) else _LocalFiles(path)
+        self.close = self._files.close
+
+    def enter(self, folder: str) -> None:
+        """Take the names of all files as relative to `folder`, which the manifest names; "" for none."""
+        self._folder = folder
+
+    def where(self, name: str) -> str:
+        """Return a file's path or URL, for messages."""
+        return str(self.path / self._full(name))
 
     @contextmanager
-    def open(self, name: str) -> Iterator[int]:
-        """Open a regular file and yield its descriptor; no link is followed on the way.
+    def open(self, name: str) -> Iterator[OpenFile]:
+        """Open a regular file; no link is followed on the way.
 
         Raises:
             CheckpointError: if it is missing, a link, no regular file, or cannot be read.
         """
-        folder, _, base = name.rpartition("/")
-        with self._reading(self.path / name):
-            parent = (
-                os.open(folder, _READ | os.O_DIRECTORY, dir_fd=self._descriptor)
-                if folder
-                else self._descriptor
-            )
-            try:
-                file = os.open(base, _READ | os.O_NONBLOCK, dir_fd=parent)
-            finally:
-                if folder:
-                    os.close(parent)
-            try:
-                self._check_regular(file, name)
-                yield file
-            finally:
-                os.close(file)
+        with self._reading(self.path / self._full(name)), self._files.open(self._full(name)) as file:
+            yield file
 
     def read(self, name: str, record: FileRecord | None = None) -> bytes:
         """Return a whole JSON file, checked against its record if one is given.
@@ -61,15 +92,14 @@ class Directory:
             CheckpointError: if it is damaged, or too large to be one of ours.
         """
         with self.open(name) as file:
-            size = os.fstat(file).st_size
-            if size > MAX_JSON_BYTES:
+            if file.size > MAX_JSON_BYTES:
                 raise CheckpointError(
                     "D0707",
-                    f"is {size} bytes long; expected at most {MAX_JSON_BYTES}",
-                    where=str(self.path / name),
+                    f"is {file.size} bytes long; expected at most {MAX_JSON_BYTES}",
+                    where=self.where(name),
                     fix="do not load it; it was not written by distrib",
                 )
-            data = _read_all(file, size)
+            data = file.read()
         if record is not None:
             self._compare(len(data), record.size, name)
             if checksum(data) != record.xxh3:
@@ -79,12 +109,13 @@ class Directory:
     def check_size(self, name: str, record: FileRecord) -> None:
         """Refuse a file that is missing or has another size than its record says."""
         with self.open(name) as file:
-            self._compare(os.fstat(file).st_size, record.size, name)
+            self._compare(file.size, record.size, name)
 
     def check(self, extent: Extent) -> None:
         """Refuse a range of bytes that does not have its checksum."""
-        hasher, buffer = xxhash.xxh3_64(), memoryview(bytearray(min(_BUFFER, extent.stop - extent.start)))
         with self.open(extent.file) as file:
+            hasher = xxhash.xxh3_64()
+            buffer = memoryview(bytearray(min(file.piece, extent.stop - extent.start)))
             at = extent.start
             while at < extent.stop:
                 view = buffer[: extent.stop - at]
@@ -94,12 +125,12 @@ class Directory:
         if hasher.hexdigest() != extent.xxh3:
             raise self.damaged(extent.file, extent.name, extent.xxh3, hasher.hexdigest())
 
-    def read_into(self, file: int, name: str, view: memoryview, at: int) -> None:
+    def read_into(self, file: OpenFile, name: str, view: memoryview, at: int) -> None:
         """Fill `view` with the bytes from offset `at` on."""
         while view:
-            count = os.preadv(file, [view], at)
+            count = file.read_into(view, at)
             if not count:
-                self._compare(os.fstat(file).st_size, at + len(view), name, at_least=True)
+                self._compare(file.size, at + len(view), name, at_least=True)
             view, at = view[count:], at + count
 
     def damaged(self, name: str, tensor: str | None, expected: str, found: str) -> CheckpointError:
@@ -108,7 +139,7 @@ class Directory:
         return CheckpointError(
             "D0706",
             f"{what} damaged: XXH3 is {found}, expected {expected}",
-            where=str(self.path / name),
+            where=self.where(name),
             fix=_ANOTHER,
         )
 
@@ -117,16 +148,15 @@ class Directory:
             raise CheckpointError(
                 "D0705",
                 f"is {size} bytes long; expected {'at least ' if at_least else ''}{expected}",
-                where=str(self.path / name),
+                where=self.where(name),
                 fix=_ANOTHER,
             )
 
-    def _check_regular(self, file: int, name: str) -> None:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise CheckpointError("D0707", "is not a regular file", where=str(self.path / name), fix=_ANOTHER)
+    def _full(self, name: str) -> str:
+        return f"{self._folder}/{name}" if self._folder and name != MANIFEST else name
 
     @contextmanager
-    def _reading(self, path: Path) -> Iterator[None]:
+    def _reading(self, path: Location) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError as error:
@@ -141,9 +171,51 @@ class Directory:
             ) from error
 
 
-def _read_all(file: int, size: int) -> bytes:
-    """Return up to `size` bytes; fewer if the file has become shorter."""
-    data = b""
-    while len(data) < size and (part := os.pread(file, size - len(data), len(data))):
-        data += part
-    return data
+class _LocalFiles:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.close = weakref.finalize(self, os.close, self._descriptor)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[OpenFile]:
+        file = self._open(name)
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise CheckpointError(
+                    "D0707", "is not a regular file", where=str(self._path / name), fix=_ANOTHER
+                )
+            yield _LocalFile(file)
+        finally:
+            os.close(file)
+
+    def _open(self, name: str) -> int:
+        """Open a file by a path of which no part may be a link."""
+        *folders, base = name.split("/")
+        parent = self._descriptor
+        with ExitStack() as opened:
+            for folder in folders:
+                parent = os.open(folder, _READ | os.O_DIRECTORY, dir_fd=parent)
+                opened.callback(os.close, parent)
+            return os.open(base, _READ | os.O_NONBLOCK, dir_fd=parent)
+
+
+class _LocalFile:
+    piece = _BUFFER
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._descriptor).st_size
+
+    def read(self) -> bytes:
+        """Return the bytes up to the present end; fewer if the file becomes shorter."""
+        data, size = b"", self.size
+        while len(data) < size and (part := os.pread(self._descriptor, size - len(data), len(data))):
+            data += part
+        return data
+
+    def read_into(self, view: memoryview, at: int) -> int:
+        return os.preadv(self._descriptor, [view], at)

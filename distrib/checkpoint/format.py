@@ -92,6 +92,8 @@ class Manifest:
         counters: Numbers such as step and epoch.
         config: The configuration of the run that wrote it.
         info: Versions, strategy, time: for people.
+        folder: Where the files lie, beside the manifest; "" for its own directory. Each save to an object store has
+            another one, so that the files of two saves never mix.
     """
 
     world_size: int
@@ -101,6 +103,7 @@ class Manifest:
     counters: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
+    folder: str = ""
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return name -> spec of the tensors of models and optimizers."""
@@ -196,6 +199,7 @@ def dump(manifest: Manifest) -> bytes:
             "counters": manifest.counters,
             "config": manifest.config,
             "info": manifest.info,
+            **({"folder": manifest.folder} if manifest.folder else {}),
         }
     )
     return b'%s"version":%d,"xxh3":"%s","body":%s}\n' % (MAGIC, VERSION, checksum(body).encode(), body)
@@ -282,7 +286,14 @@ class _Parser:
             counters=self.mapping(body, "counters"),
             config=self.mapping(body, "config"),
             info=self.mapping(body, "info"),
+            folder=self.folder(body.get("folder", "")),
         )
+
+    def folder(self, value: Any) -> str:
+        name = self.text(value, "folder")
+        if name and not _SAFE_GROUP.fullmatch(name):
+            self.refuse(f"folder {name!r} is not a name within the checkpoint")
+        return name
 
     def file_name(self, name: str) -> str:
         if not _SAFE_NAME.fullmatch(name):

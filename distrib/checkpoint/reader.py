@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import logging
+import platform
 import re
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +23,7 @@ from distrib.checkpoint.claim import is_checkpoint, restore_aside
 from distrib.checkpoint.codec import decode
 from distrib.checkpoint.files import Directory
 from distrib.checkpoint.format import MANIFEST, Extent, Manifest, StoredSlice, StoredTensor
+from distrib.checkpoint.location import Location, Url, locate
 from distrib.checkpoint.plan import Overlap, Piece, numel, overlaps, pieces, size_of
 from distrib.checkpoint.storage import Storage, entries
 from distrib.checkpoint.transfer import read_box, relative, sub_tensor
@@ -30,6 +34,8 @@ from distrib.state import LoaderPosition, ShardedState, Slice, TensorSpec, whole
 
 _log = logging.getLogger(__name__)
 _MOST_LISTED = 20
+_SAME_S = 65.0  # nfs(5), acdirmax: a client may show for 60 s what was in a directory before
+_LOOK_S = 0.25  # between two looks
 
 
 class Reader:
@@ -292,7 +298,7 @@ class Reader:
         return LoaderPosition(**fields)
 
     def _where(self, name: str) -> str:
-        return str(self.path / name)
+        return self._directory.where(name)
 
 
 class _Job(NamedTuple):
@@ -300,37 +306,46 @@ class _Job(NamedTuple):
     stored: StoredTensor
 
 
-def inspect(directory: str | Path) -> Manifest:
+def inspect(directory: str | Path | Url) -> Manifest:
     """Read and check the manifest of a checkpoint; no other file is opened.
+
+    Args:
+        directory: Its directory, or its URL.
 
     Raises:
         CheckpointError: if there is none, or it is damaged, foreign or of another version.
     """
-    opened = _open(Path(directory).absolute())
-    try:
-        return _load_manifest(opened)
-    finally:
-        opened.close()
+    opened = _open_manifest(locate(directory))
+    with closing(opened.directory):
+        return opened.parse()
 
 
-def verify(directory: str | Path) -> None:
+def verify(directory: str | Path | Url) -> None:
     """Read every byte of a checkpoint and compare it with its checksum.
+
+    Args:
+        directory: Its directory, or its URL.
 
     Raises:
         CheckpointError: naming each file and tensor that is missing or damaged.
     """
-    opened = _open(Path(directory).absolute())
-    try:
-        manifest = _load_manifest(opened)
-        _raise_damage(_size_problems(opened, manifest, 0, 1) or _byte_problems(opened, manifest, 0, 1))
-    finally:
-        opened.close()
+    opened = _open_manifest(locate(directory))
+    with closing(opened.directory) as files:
+        manifest = opened.parse()
+        _raise_damage(_size_problems(files, manifest, 0, 1) or _byte_problems(files, manifest, 0, 1))
 
 
-def latest(directory: str | Path, prefix: str = "step-") -> Path | None:
+def latest(directory: str | Path | Url, prefix: str = "step-") -> Location | None:
     """Return the complete checkpoint with the highest number in `directory`, or None.
 
     Complete means: a good manifest, and every file there with its size. Checksums are left to `open_checkpoint`.
+
+    Args:
+        directory: Where checkpoints lie side by side, or a URL.
+        prefix: What their names begin with.
+
+    Raises:
+        CheckpointError: if the store of a URL does not answer: nobody knows then what is there.
     """
     for _, path in reversed(numbered(directory, prefix)):
         problem = incompleteness(path)
@@ -340,60 +355,134 @@ def latest(directory: str | Path, prefix: str = "step-") -> Path | None:
     return None
 
 
-def numbered(directory: str | Path, prefix: str = "step-") -> list[tuple[int, Path]]:
+def numbered(directory: str | Path | Url, prefix: str = "step-") -> list[tuple[int, Location]]:
     """Return (number, path) of the directories with our manifest named `<prefix><number>`, in numeric order."""
-    parent = Path(directory).absolute()
+    parent = locate(directory)
     for name in entries(parent):
         aside = re.fullmatch(rf"\.({re.escape(prefix)}\d+)\.old-[0-9a-f]{{12}}", name)
         if aside:
             restore_aside(parent / aside[1], Storage())
     matches = (re.fullmatch(rf"{re.escape(prefix)}(\d+)", name) for name in entries(parent))
-    return sorted((int(m[1]), parent / m[0]) for m in matches if m and is_checkpoint(parent / m[0]))
+    found = [(int(m[1]), parent / m[0]) for m in matches if m and is_checkpoint(parent / m[0])]
+    return sorted(found, key=lambda pair: (pair[0], str(pair[1])))
 
 
-def incompleteness(path: Path) -> CheckpointError | None:
-    """Return why a checkpoint cannot be loaded, as far as its manifest and the files' sizes tell; None if it can."""
+def incompleteness(path: Location) -> CheckpointError | None:
+    """Return why a checkpoint cannot be loaded, as far as its manifest and the files' sizes tell; None if it can.
+
+    Raises:
+        CheckpointError: if the store of a URL does not answer.
+    """
     try:
-        opened = _open(path)
+        opened = _open_manifest(path)
+        with closing(opened.directory) as files:
+            problem = next(iter(_size_problems(files, opened.parse(), 0, 1)), None)
     except CheckpointError as error:
-        return error
-    try:
-        return next(iter(_size_problems(opened, _load_manifest(opened), 0, 1)), None)
-    except CheckpointError as error:
-        return error
-    finally:
-        opened.close()
+        problem = error
+    if problem is not None and problem.code == "D0743":
+        raise problem
+    return problem
 
 
-def open_checkpoint(directory: str | Path, collectives: Collectives, *, verify: bool = True) -> Reader:
+def open_checkpoint(directory: str | Path | Url, collectives: Collectives, *, verify: bool = True) -> Reader:
     """Open a checkpoint and check it. Collective.
 
     The ranks divide the work: together they read every byte once. Sizes are always checked.
 
     Args:
-        directory: The checkpoint, on a file system that all ranks see.
+        directory: The checkpoint, on a file system that all ranks see, or at a URL.
         collectives: The ranks that load together; any number of them.
         verify: Whether to compare all checksums before anything can be loaded.
 
     Raises:
         CheckpointError: on every rank, if it is absent, incomplete, damaged, foreign or of another version.
     """
-    path = Path(directory).absolute()
-    on_main(collectives, "looking for the checkpoint", lambda: restore_aside(path, Storage()))
-    opened = together(collectives, "opening the checkpoint", lambda: _open(path))
+    path = locate(directory)
+    first: list[_Opened] = []  # on rank 0 by the first step
+
+    def open_first() -> str:
+        restore_aside(path, Storage())
+        first.append(_open_manifest(path))
+        return first[0].digest
+
+    digest = on_main(collectives, "opening the checkpoint", open_first)
     try:
-        manifest = together(collectives, "reading the manifest", lambda: _load_manifest(opened))
-        together(
-            collectives, "checking the files", lambda: _check(opened, manifest, collectives, verify=verify)
+        opened = together(
+            collectives, "opening the checkpoint", lambda: first[0] if first else _open_same(path, digest)
         )
     except BaseException:
-        opened.close()
+        for each in first:
+            each.directory.close()
         raise
-    return Reader(opened, manifest, collectives)
+    try:
+        manifest = together(collectives, "reading the manifest", opened.parse)
+        together(
+            collectives,
+            "checking the files",
+            lambda: _check(opened.directory, manifest, collectives, verify=verify),
+        )
+    except BaseException:
+        opened.directory.close()
+        raise
+    return Reader(opened.directory, manifest, collectives)
 
 
-def _open(path: Path) -> Directory:
-    if not path.is_dir():
+class _Opened(NamedTuple):
+    """An open directory and the bytes of its manifest, which nobody has looked at."""
+
+    directory: Directory
+    data: bytes
+
+    @property
+    def digest(self) -> str:
+        return layout.checksum(self.data)
+
+    def parse(self) -> Manifest:
+        """Return the manifest; from now on the directory's files can be opened by the names in it."""
+        manifest = layout.load(self.data, self.directory.where(MANIFEST))
+        self.directory.enter(manifest.folder)
+        return manifest
+
+
+def _open_manifest(path: Location) -> _Opened:
+    directory = _open(path)
+    try:
+        return _Opened(directory, _manifest_bytes(directory))
+    except BaseException:
+        directory.close()
+        raise
+
+
+def _open_same(path: Location, digest: str) -> _Opened:
+    """Open the checkpoint that rank 0 has opened, when this host sees it too.
+
+    A client of a network file system, and a store, may show for a while what was there before: no checkpoint, or the
+    one that has just been replaced. Ranks that read two checkpoints would end up with a mixture of them.
+    """
+    end = time.monotonic() + _SAME_S
+    while True:
+        try:
+            opened = _open_manifest(path)
+            if opened.digest == digest:
+                return opened
+            opened.directory.close()
+            seen = "another checkpoint than rank 0"
+        except CheckpointError as error:
+            if error.code not in ("D0701", "D0704"):
+                raise
+            seen = "no checkpoint, but rank 0 does"
+        if time.monotonic() > end:
+            raise CheckpointError(
+                "D0717",
+                f"host {platform.node()} sees {seen}",
+                where=str(path),
+                fix="load from a file system or store that all nodes share, and let no other job save there meanwhile",
+            )
+        time.sleep(_LOOK_S)
+
+
+def _open(path: Location) -> Directory:
+    if isinstance(path, Path) and not path.is_dir():
         raise CheckpointError(
             "D0701",
             "is not a directory" if path.exists() else "does not exist",
@@ -403,9 +492,9 @@ def _open(path: Path) -> Directory:
     return Directory(path)
 
 
-def _load_manifest(directory: Directory) -> Manifest:
+def _manifest_bytes(directory: Directory) -> bytes:
     try:
-        data = directory.read(MANIFEST)
+        return directory.read(MANIFEST)
     except CheckpointError as error:
         if error.code != "D0704":
             raise
@@ -415,7 +504,6 @@ def _load_manifest(directory: Directory) -> Manifest:
             where=str(directory.path),
             fix="give the directory that save_state wrote; what another program saved has to be converted first",
         ) from error
-    return layout.load(data, str(directory.path / MANIFEST))
 
 
 def _check(directory: Directory, manifest: Manifest, collectives: Collectives, *, verify: bool) -> None:

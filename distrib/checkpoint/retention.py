@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 
 from distrib.checkpoint.claim import remove_checkpoint
 from distrib.checkpoint.codec import decode
+from distrib.checkpoint.location import Location, Url
 from distrib.checkpoint.reader import incompleteness, inspect, numbered
 from distrib.checkpoint.storage import LockedError, Storage
 from distrib.errors import CheckpointError
@@ -29,7 +30,7 @@ class Best(NamedTuple):
     mode: str
     number: int
 
-    def of(self, paths: Sequence[Path]) -> list[Path]:
+    def of(self, paths: Sequence[Location]) -> list[Location]:
         """Return the best of these; of equal ones the newest, which stands last. One without the metric is no candidate."""
         found = [(_metrics_of(path).get(self.metric, math.nan), path) for path in reversed(paths)]
         candidates = [(value, path) for value, path in found if not math.isnan(value)]
@@ -38,7 +39,7 @@ class Best(NamedTuple):
 
 
 def retain(
-    directory: str | Path,
+    directory: str | Path | Url,
     keep_last: int,
     *,
     keep_every: int | None = None,
@@ -46,14 +47,14 @@ def retain(
     dry_run: bool = False,
     prefix: str = "step-",
     storage: Storage | None = None,
-) -> list[Path]:
+) -> list[Location]:
     """Remove all but the newest complete checkpoints of `directory`. Main only, after a save.
 
     A directory counts if it is named `<prefix><number>` and has our manifest; one that is incomplete, or that a job
     is saving to, is neither counted nor removed. Each is renamed out of sight before its files go.
 
     Args:
-        directory: Where the checkpoints lie side by side.
+        directory: Where the checkpoints lie side by side, or a URL.
         keep_last: How many to keep, at least 1.
         keep_every: Also keep those whose number is a multiple of it; None for no others.
         best: Also keep the best ones; None for no others.
@@ -80,7 +81,7 @@ def retain(
     return old if dry_run else [path for path in old if _remove(path, storage or Storage())]
 
 
-def _metrics_of(path: Path) -> dict[str, float]:
+def _metrics_of(path: Location) -> dict[str, float]:
     found: dict[str, float] = decode(inspect(path).counters, str(path)).get(METRICS, {})
     return found
 
@@ -95,7 +96,7 @@ def _check_at_least_1(name: str, value: int) -> None:
         )
 
 
-def _remove(path: Path, storage: Storage) -> bool:
+def _remove(path: Location, storage: Storage) -> bool:
     try:
         remove_checkpoint(path, storage)
     except LockedError:

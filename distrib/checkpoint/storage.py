@@ -9,7 +9,12 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+
+from distrib.checkpoint.location import Location, Url
+from distrib.checkpoint.store import Store, Write
 
 LOCK_MAGIC = "distrib-checkpoint lock"
 _RENAME_EXCHANGE = 2  # linux/fs.h
@@ -126,8 +131,29 @@ def remove_tree(storage: Storage, path: Path) -> None:
     storage.remove_dir(path)
 
 
-def entries(path: Path) -> Iterator[str]:
-    """Yield the names in a directory, sorted; none if it does not exist."""
+@contextmanager
+def writing(storage: Storage, path: Path, *, durable: bool) -> Iterator[Write]:
+    """Create a file and give what appends to it; the file is whole when the body has ended without an error.
+
+    Args:
+        storage: The file operations.
+        path: A file that does not exist.
+        durable: Whether to end only when the bytes are on the medium.
+    """
+    file = storage.create(path)
+    try:
+        yield partial(storage.write, file)
+        if durable:
+            storage.sync(file)
+    finally:
+        storage.close(file)
+
+
+def entries(path: Location) -> Iterator[str]:
+    """Yield the names in a directory or directly below a URL, sorted; none if it does not exist."""
+    if isinstance(path, Url):
+        yield from Store(path).names()
+        return
     with contextlib.suppress(FileNotFoundError):
         yield from sorted(entry.name for entry in path.iterdir())
 

@@ -15,7 +15,8 @@ import xxhash
 
 from distrib.checkpoint.format import ITEMSIZE, FileRecord, checksum
 from distrib.checkpoint.plan import Shape, numel
-from distrib.checkpoint.storage import Storage
+from distrib.checkpoint.storage import Storage, writing
+from distrib.checkpoint.store import Write
 from distrib.errors import CheckpointError
 
 _CHUNK = 2**20  # bytes hashed and written together, so that the second finds them in the cache
@@ -99,33 +100,37 @@ def write_tensors(
         OSError: if the file system refuses.
     """
     head = header(entries, metadata or {})
-    file = storage.create(path)
-    try:
-        storage.write(file, head)
-        at, parts = len(head), []
-        for entry in entries:
-            parts.append((at, _write(storage, file, entry)))
-            at += entry.nbytes
-        if durable:
-            storage.sync(file)
-    finally:
-        storage.close(file)
+    with writing(storage, path, durable=durable) as write:
+        return stream_tensors(write, head, entries)
+
+
+def stream_tensors(write: Write, head: bytes, entries: Sequence[Entry]) -> Written:
+    """Write the `header` of `entries` and their data, to wherever `write` appends.
+
+    Raises:
+        CheckpointError: if an entry's tensor has not the shape and dtype it promised.
+    """
+    write(head)
+    at, parts = len(head), []
+    for entry in entries:
+        parts.append((at, _write(write, entry)))
+        at += entry.nbytes
     return Written(FileRecord(at, len(head), checksum(head)), tuple(parts))
 
 
 def write_bytes(storage: Storage, path: Path, data: bytes, *, durable: bool) -> FileRecord:
     """Write a small file whole and return its record."""
-    file = storage.create(path)
-    try:
-        storage.write(file, data)
-        if durable:
-            storage.sync(file)
-    finally:
-        storage.close(file)
+    with writing(storage, path, durable=durable) as write:
+        write(data)
+    return record_of(data)
+
+
+def record_of(data: bytes) -> FileRecord:
+    """Return the record of a small file, which is checksummed whole."""
     return FileRecord(len(data), len(data), checksum(data))
 
 
-def _write(storage: Storage, file: int, entry: Entry) -> str:
+def _write(write: Write, entry: Entry) -> str:
     tensor = entry.get()
     if tensor.numel() * tensor.element_size() != entry.nbytes or tensor.layout is not torch.strided:
         raise CheckpointError(
@@ -137,7 +142,7 @@ def _write(storage: Storage, file: int, entry: Entry) -> str:
     hasher = xxhash.xxh3_64()
     for chunk in chunks(tensor):
         hasher.update(chunk)
-        storage.write(file, chunk)
+        write(chunk)
     return hasher.hexdigest()
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,11 @@ import torch
 
 from distrib import __version__
 from distrib.checkpoint.agreement import collect, on_main, together
-from distrib.checkpoint.claim import Claim
 from distrib.checkpoint.codec import encode
 from distrib.checkpoint.format import (
     CUSTOM,
     DTYPES,
     ITEMSIZE,
-    MANIFEST,
     FileRecord,
     Manifest,
     StoredSlice,
@@ -30,10 +28,11 @@ from distrib.checkpoint.format import (
     check_group,
     checksum,
     code_of,
-    dump,
     group_of,
     stored_key,
 )
+from distrib.checkpoint.location import Location, Url, locate
+from distrib.checkpoint.place import Draft, Place, draft_at, take_place
 from distrib.checkpoint.plan import (
     Held,
     Shape,
@@ -47,7 +46,7 @@ from distrib.checkpoint.plan import (
 )
 from distrib.checkpoint.staging import Arena
 from distrib.checkpoint.storage import Storage
-from distrib.checkpoint.tensorfile import Entry, in_file_order, write_bytes, write_tensors
+from distrib.checkpoint.tensorfile import Entry, header, in_file_order, record_of, stream_tensors
 from distrib.collectives.base import Collectives
 from distrib.errors import CheckpointError
 from distrib.state import Interval, LoaderPosition, ShardedState, Slice, TensorSpec, whole
@@ -55,7 +54,8 @@ from distrib.state import Interval, LoaderPosition, ShardedState, Slice, TensorS
 OBJECTS, LOADERS, SCHEDULERS, SCALER = "objects.json", "loaders.json", "schedulers.json", "scaler.json"
 CUSTOM_OBJECTS = f"{CUSTOM}/objects.json"
 _RESERVED = ("rng", CUSTOM)
-_SMALL_FILES_BYTES = 2**20  # room for manifest, documents and the file system's own blocks
+_VISIBLE_S = 65.0  # nfs(5), acdirmax: a client may remember for 60 s that a directory is not there
+_LOOK_S = 0.25  # between two looks
 
 
 @dataclass(frozen=True)
@@ -122,25 +122,26 @@ class _Receipt:
 
 
 def save(
-    directory: str | Path,
+    directory: str | Path | Url,
     contents: Contents,
     collectives: Collectives,
     *,
     durable: bool = True,
     storage: Storage | None = None,
-) -> Path:
+) -> Location:
     """Write the checkpoint `directory`, or leave what is there as it was. Collective.
 
     Args:
-        directory: On a file system that all ranks see. An older checkpoint there is replaced in one step.
+        directory: On a file system that all ranks see, or the URL of an object store. An older checkpoint there is
+            replaced in one step.
         contents: This rank's part.
         collectives: The ranks that save together; their number is the stored world size.
         durable: Wait until all bytes are on the medium before the checkpoint becomes visible. Without it a crash
-            of the machine, not of the job, may lose or damage it; damage is found at load.
-        storage: The file operations; tests make them fail.
+            of the machine, not of the job, may lose or damage it; damage is found at load. Means nothing to a store.
+        storage: The operations on local files; tests make them fail.
 
     Returns:
-        The absolute path.
+        The absolute path, or the URL.
 
     Raises:
         CheckpointError: on every rank, if a value cannot be stored, the ranks' slices do not make up whole
@@ -150,7 +151,7 @@ def save(
 
 
 def begin(
-    directory: str | Path,
+    directory: str | Path | Url,
     contents: Contents,
     collectives: Collectives,
     *,
@@ -158,35 +159,35 @@ def begin(
     storage: Storage | None = None,
 ) -> Saving:
     """Plan a save and take its place on the disk, and write no tensor yet. Collective. As `save` otherwise."""
-    target, rank, files = Path(directory).absolute(), collectives.rank, storage or Storage()
+    target, rank, files = locate(directory), collectives.rank, storage or Storage()
     shelf = together(collectives, "preparing the checkpoint", lambda: _prepare(contents, rank))
     shares, said = _exchange(shelf.announcement, collectives)
     agreed = together(collectives, "planning the checkpoint", lambda: _agree(shares, said))
-    claims: list[Claim] = []  # rank 0's one
+    places: list[Place] = []  # rank 0's one
 
-    def claim() -> Path:
-        claims.append(Claim.take(target, files, durable=durable))
-        _make_room(claims[0], agreed.plan)
-        return claims[0].temp
+    def take() -> Location:
+        places.append(take_place(target, files, durable=durable))
+        _make_room(places[0], agreed.plan)
+        return places[0].temp
 
     try:
-        temp = on_main(collectives, "starting the checkpoint", claim)
+        temp = on_main(collectives, "starting the checkpoint", take)
     except BaseException:
-        for each in claims:
+        for each in places:
             each.release()
         raise
-    writer = _ShareWriter(files, temp, rank, durable=durable)
-    return Saving(target, shelf, agreed, claims, writer)
+    writer = _ShareWriter(partial(draft_at, temp, files, durable=durable), rank, str(temp))
+    return Saving(target, shelf, agreed, places, writer)
 
 
 class Saving:
     """A save that has been planned and has its place; made by `begin`, and to be ended by `finish` on every rank."""
 
     def __init__(
-        self, target: Path, shelf: _Shelf, agreed: _Agreed, claims: Sequence[Claim], writer: _ShareWriter
+        self, target: Location, shelf: _Shelf, agreed: _Agreed, places: Sequence[Place], writer: _ShareWriter
     ) -> None:
         self.target = target
-        self._shelf, self._agreed, self._claims, self._writer = shelf, agreed, claims, writer
+        self._shelf, self._agreed, self._places, self._writer = shelf, agreed, places, writer
         self._owned = agreed.plan.owned[writer.rank]
         self._slices = {(item.name, item.where): shelf.slices[item.name, item.where] for item in self._owned}
 
@@ -198,11 +199,11 @@ class Saving:
             for (key, part), copy in zip(self._slices.items(), copies, strict=True)
         }
 
-    def finish(self, collectives: Collectives) -> Path:
+    def finish(self, collectives: Collectives) -> Location:
         """Write this rank's share and show the checkpoint when every rank has. Collective.
 
         Returns:
-            The absolute path.
+            The absolute path, or the URL.
 
         Raises:
             CheckpointError: on every rank, if any cannot write; what was there before is there still.
@@ -212,12 +213,16 @@ class Saving:
             on_main(
                 collectives,
                 "completing the checkpoint",
-                lambda: _complete(self._claims[0], _manifest(self._shelf, self._agreed, receipts)),
+                lambda: self._complete(receipts),
             )
         finally:
-            for claim in self._claims:
-                claim.release()
+            for place in self._places:
+                place.release()
         return self.target
+
+    def _complete(self, receipts: Sequence[_Receipt]) -> None:
+        place = self._places[0]
+        place.complete(_manifest(self._shelf, self._agreed, receipts, place.folder))
 
     def _write(self) -> _Receipt:
         main = self._writer.rank == 0
@@ -344,27 +349,17 @@ def _merge(values: Sequence[dict[str, Any]], path: str) -> dict[str, Any]:
     return merged
 
 
-def _make_room(claim: Claim, plan: WritePlan) -> None:
-    """Make the folders, and refuse to begin what cannot fit on the disk."""
+def _make_room(place: Place, plan: WritePlan) -> None:
     items = [item for owned in plan.owned for item in owned]
-    for folder in sorted({group_of(item.name) for item in items} | set(_RESERVED)):
-        claim.storage.make_dir(claim.temp / folder)
     data = sum(size_of(item.where) * ITEMSIZE[item.dtype] for item in items)
-    needed, free = data + _SMALL_FILES_BYTES, claim.storage.free_bytes(claim.temp)
-    if needed > free:
-        raise CheckpointError(
-            "D0713",
-            f"the checkpoint needs {needed / 2**20:,.1f} MiB, but only {free / 2**20:,.1f} MiB are free",
-            where=str(claim.target.parent),
-            fix="make room there, keep fewer checkpoints, or save to another file system",
-        )
+    place.make_room(sorted({group_of(item.name) for item in items} | set(_RESERVED)), data)
 
 
 class _ShareWriter:
-    """Writes one rank's files below `temp`; no two ranks share a file, so each is written and synced by one."""
+    """Writes one rank's files; no two ranks share a file."""
 
-    def __init__(self, storage: Storage, temp: Path, rank: int, *, durable: bool) -> None:
-        self.storage, self.temp, self.rank, self.durable = storage, temp, rank, durable
+    def __init__(self, draft: Callable[[], Draft], rank: int, where: str) -> None:
+        self.draft, self.rank, self.where = draft, rank, where
         self.files: dict[str, FileRecord] = {}
         self.stored: list[tuple[Held, StoredSlice]] = []
 
@@ -375,32 +370,40 @@ class _ShareWriter:
         documents: Mapping[str, bytes],
     ) -> _Receipt:
         """Write one safetensors file per group of tensors, and the documents."""
-        self._check_visible()
+        draft = self.draft()
+        self._check_visible(draft)
         for group in sorted({group_of(item.name) for item in owned}):
-            self._write_group(group, [item for item in owned if group_of(item.name) == group], slices)
+            self._write_group(draft, group, [item for item in owned if group_of(item.name) == group], slices)
         for name, data in documents.items():
-            self.files[name] = write_bytes(self.storage, self.temp / name, data, durable=self.durable)
+            with draft.writing(name, len(data)) as write:
+                write(data)
+            self.files[name] = record_of(data)
         return _Receipt(self.files, self.stored)
 
-    def _check_visible(self) -> None:
-        if not self.temp.is_dir():
-            raise CheckpointError(
-                "D0717",
-                f"host {platform.node()} does not see the directory that rank 0 made",
-                where=str(self.temp),
-                fix="save to a file system that all nodes share",
-            )
+    def _check_visible(self, draft: Draft) -> None:
+        end = time.monotonic() + _VISIBLE_S
+        while not draft.is_visible():
+            if time.monotonic() > end:
+                raise CheckpointError(
+                    "D0717",
+                    f"host {platform.node()} does not see what rank 0 has made",
+                    where=self.where,
+                    fix="save to a file system or store that all nodes share",
+                )
+            time.sleep(_LOOK_S)
 
-    def _write_group(self, group: str, items: list[Held], slices: Mapping[tuple[str, Where], Slice]) -> None:
+    def _write_group(
+        self, draft: Draft, group: str, items: list[Held], slices: Mapping[tuple[str, Where], Slice]
+    ) -> None:
         keyed = sorted(
             ((stored_key(item.name, item.shape, item.where), item) for item in items),
             key=lambda pair: in_file_order(pair[1].dtype, pair[0]),
         )
         entries = [Entry(key, _stored_shape(x), x.dtype, slices[x.name, x.where].get) for key, x in keyed]
         file = f"{group}/rank-{self.rank:05d}.safetensors"
-        written = write_tensors(
-            self.storage, self.temp / file, entries, durable=self.durable, metadata={"format": "pt"}
-        )
+        head = header(entries, {"format": "pt"})
+        with draft.writing(file, len(head) + sum(entry.nbytes for entry in entries)) as write:
+            written = stream_tensors(write, head, entries)
         self.files[file] = written.record
         for (_, item), (offset, xxh3) in zip(keyed, written.parts, strict=True):
             self.stored.append((item, StoredSlice(item.where, file, offset, xxh3)))
@@ -410,7 +413,7 @@ def _stored_shape(item: Held) -> Shape:
     return (size_of(item.where),) if isinstance(item.where, Interval) else item.where.size
 
 
-def _manifest(shelf: _Shelf, agreed: _Agreed, receipts: Sequence[_Receipt]) -> Manifest:
+def _manifest(shelf: _Shelf, agreed: _Agreed, receipts: Sequence[_Receipt], folder: str) -> Manifest:
     tensors: dict[str, tuple[TensorSpec, list[StoredSlice]]] = {}
     for item, stored in (pair for receipt in receipts for pair in receipt.slices):
         spec = TensorSpec(item.shape, DTYPES[item.dtype])
@@ -430,12 +433,5 @@ def _manifest(shelf: _Shelf, agreed: _Agreed, receipts: Sequence[_Receipt]) -> M
         counters=shelf.extras["counters"],
         config=shelf.extras["config"],
         info={**versions, **shelf.extras["info"]},
+        folder=folder,
     )
-
-
-def _complete(claim: Claim, manifest: Manifest) -> None:
-    """Write the manifest, make the directories durable and show the checkpoint."""
-    write_bytes(claim.storage, claim.temp / MANIFEST, dump(manifest), durable=claim.durable)
-    for folder in sorted({Path(name).parent for name in manifest.files} | {Path()}):
-        claim.sync_dir(claim.temp / folder)
-    claim.commit()
