@@ -97,11 +97,14 @@ class Launch:
 
 def kill_rank(rank, launcher):
     """End one rank of a launch with SIGKILL, as the kernel does when memory runs out; return its pid."""
-    for process in psutil.Process(launcher).children(recursive=True):
-        if process.environ().get("RANK") == str(rank):
-            process.kill()
-            return process.pid
-    raise SystemExit(f"demo: found no rank {rank} below process {launcher}")
+    children = psutil.Process(
+        launcher
+    ).children()  # a guard, the preloader, and the ranks, forked in their order
+    ranks = [child for child in children if "gpt.py" in " ".join(child.cmdline())][1:]
+    if rank >= len(ranks):
+        raise SystemExit(f"demo: found no rank {rank} below process {launcher}")
+    ranks[rank].kill()
+    return ranks[rank].pid
 
 
 def newest_checkpoint(folder):

@@ -296,9 +296,9 @@ def _trimmed(line: str) -> str:
     if len(line) <= _MAX_WIDTH:
         return line
     head, tail = line[: _MAX_WIDTH * 2 // 3], line[-_MAX_WIDTH // 3 :]
-    return (
-        f"{head.rpartition(' ')[0] or head[:-_LONG_WORD]} ... {tail.partition(' ')[2] or tail[_LONG_WORD:]}"
-    )
+    end, begin = head.rfind(" ", len(head) - _LONG_WORD), tail.find(" ", 0, _LONG_WORD)
+    head = head[: end if end >= 0 else -_LONG_WORD]
+    return f"{head} ... {tail[begin + 1 if begin >= 0 else _LONG_WORD :]}"
 
 
 def narrowed(line: str, most: int) -> str:

@@ -46,7 +46,7 @@ def command(*words: object) -> list[str]:
 
 
 @contextmanager
-def _default_signals() -> Iterator[None]:
+def default_signals() -> Iterator[None]:
     """Let a started process have SIGHUP's default effect, even if the tests themselves run under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
@@ -79,7 +79,7 @@ def launch(*words: object, cwd: Path, **extra: str) -> Launched:
 @contextmanager
 def launching(*words: object, cwd: Path) -> Iterator[subprocess.Popen[str]]:
     """Start a launch; whatever the test does, none of its processes is left afterwards."""
-    with _default_signals():
+    with default_signals():
         process = subprocess.Popen(
             command(*words),
             cwd=cwd,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.faults.launching import LIMIT_S, Launched, command, environment
+from tests.faults.launching import LIMIT_S, Launched, command, default_signals, environment
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -65,15 +65,16 @@ def _descendants() -> list[psutil.Process]:
 @contextmanager
 def started(*words: object, cwd: Path, **extra: str) -> Iterator[subprocess.Popen[str]]:
     """Start a launch with more in its environment; it has ended afterwards."""
-    process = subprocess.Popen(
-        command(*words),
-        cwd=cwd,
-        env=environment(**extra),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
+    with default_signals():
+        process = subprocess.Popen(
+            command(*words),
+            cwd=cwd,
+            env=environment(**extra),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
     try:
         yield process
     finally:

@@ -27,9 +27,25 @@ TRAINS = """
 """
 
 
+STREAMS = TRAINS.replace(
+    "DataLoader(TensorDataset(torch.randn(16, 3)), batch_size=2)", "DataLoader(Numbers(), batch_size=2)"
+)
+STREAMS = STREAMS.replace(
+    "    accelerator = Acc",
+    """
+    class Numbers(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return ((torch.full((3,), float(i)),) for i in range(16))
+
+    accelerator = Acc""",
+)
+
+
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("last", ["", "accelerator.end_training()"])
-def test_a_script_that_has_done_its_work_exits_with_0(tmp_path: Path, last: str) -> None:
-    program = script(tmp_path, f"{TRAINS}    {last}\n")
-    for _ in range(2):
+@pytest.mark.parametrize("text", [TRAINS, STREAMS], ids=["map-style", "iterable"])
+def test_a_script_that_has_done_its_work_exits_with_0(tmp_path: Path, text: str, last: str) -> None:
+    program = script(tmp_path, f"{text}    {last}\n")
+    for _ in range(5):
         done = launch("-n", 2, program, cwd=tmp_path)
         assert done.code == 0, done.err
