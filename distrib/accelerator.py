@@ -613,8 +613,8 @@ class Accelerator:
 
         Args:
             output_dir: Exactly this directory, or URL of an object store ("s3://bucket/run/best"), replacing a checkpoint
-                there in one step. Default:
-                `<project_dir>/<checkpoint.dir>/step-<n>`, of which the newest `checkpoint.keep_last` are kept.
+                there in one step. Default: `<project_dir>/<checkpoint.dir>/step-<n>`, of which the newest
+                `checkpoint.keep_last` are kept.
             blocking: False returns when the state has been copied to host memory, and writes it in the background.
                 The next save, `load_state` and `end_training` wait for that, and so does the end of the process.
             durable: Flush to the disk before the checkpoint becomes visible.
@@ -642,10 +642,10 @@ class Accelerator:
                 return
             try:
                 retain(self._checkpoints, keep.keep_last, keep_every=keep.keep_every, best=best)
-            except (
-                CheckpointError
-            ) as error:  # the new one is complete; the other ranks know nothing of old ones
-                notice(f"warning: {error}")
+            except CheckpointError as error:
+                notice(
+                    f"warning: {error}"
+                )  # no failure: the new one is complete, and other ranks know of nothing
 
         if not blocking:
             return SaveHandle(directory, self._background.start(saving, after))

@@ -66,12 +66,11 @@ class Background:
     """
 
     def __init__(self, collectives: Collectives) -> None:
-        self._main, self._beside = collectives, None
+        self._main = collectives
+        self._beside: Collectives | None = None  # made by the first save
         self._arena = Arena()
         self._last: Pending | None = None
         _before_executors_end(self._join)
-
-    _beside: Collectives | None
 
     def start(self, saving: Saving, after: Callable[[], None]) -> Pending:
         """Copy what is to be saved, and go on writing in a thread. Collective; after `wait`.

@@ -1,11 +1,13 @@
 """Imports once what every rank needs, then forks the ranks: `python preloader.py CONTROL MODULES WANTED KIND TARGET [args]`.
 
 CONTROL is a socket to the launcher, over which come the orders to start ranks and their descriptors; MODULES and
-WANTED are names with commas between; the rest is the program, which stands there so that `ps` and `pkill -f` show it for every rank.
+WANTED are names with commas between; the rest is the program, which stands there so that `ps` and `pkill -f` show it for
+every rank.
 
 A rank is forked by a child of this process that then ends, so that the launcher, a subreaper, becomes the rank's
 parent and can wait for it. The ranks do nothing before that. Another child serves the store over which they find each
-other, so that the store outlives each of them. Linux only. Standard library only, but for what MODULES name.
+other, so that the store outlives each of them. Linux only. Standard library only, but for what
+MODULES and WANTED name.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def preload(modules: list[str], wanted: list[str], folder: str) -> dict[str, Any
     """
     failed, unsafe, threads = {}, [], threading.active_count()
     known = set(sys.modules)
-    gc.disable()  # a fifth of the time of such imports is looking for garbage that is not there
+    gc.disable()  # much of the time of such imports is looking for garbage that is not there
     for name in [*modules, *wanted]:
         try:
             with _first(folder if name in wanted else ""):
@@ -199,7 +201,7 @@ def _fork_ranks(
         `errno`, which is not 0 if there are not all of them.
     """
     pids_read, pids_write = os.pipe()
-    flush()
+    _flush()
     between = os.fork()
     if between:
         os.close(pids_write)
@@ -243,9 +245,8 @@ def _as_rank(order: Any, fds: list[int], between: int) -> _Rank:
         numpy.random.seed()  # a fresh process would have numbers of its own; Python's `random` sees to itself
     if torch is not None and hasattr(torch, "default_generator"):
         torch.default_generator.seed()
-    while (
-        os.getppid() == between
-    ):  # it ends in a moment; its end is not seen before its children are handed on
+    # It ends in a moment. Its pipes close before its children are handed on, so its id is what tells.
+    while os.getppid() == between:
         time.sleep(_MOMENT_S)
     return _Rank(life, record, order["launcher"])
 
@@ -293,7 +294,7 @@ def _reopen_streams() -> None:
         setattr(sys, f"__{name}__", stream)
 
 
-def flush() -> None:
+def _flush() -> None:
     """Write out what is buffered: each forked process would write it again."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -41,7 +41,6 @@ class Ended:
         leftovers: How many processes of the workers had to be ended after them.
         stop_s: Seconds from the first failure or signal to the end of the last worker.
         lost: Which stream did not take all of the workers' output, and why; empty if all was shown.
-        log_lost: Why the logs are not complete; empty if they are.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -49,7 +48,6 @@ class Ended:
     leftovers: int = 0
     stop_s: float = 0.0
     lost: str = ""
-    log_lost: str = ""
 
 
 class _Guard:
@@ -216,14 +214,14 @@ class Supervisor:
         leftovers = self._end_leftovers()
         self._drain()
         outcomes = tuple(one.outcome(self._stop_at) for one in self._workers)
-        lost, log_lost = (self._pump.lost, self._pump.log_lost) if self._pump is not None else ("", "")
+        lost = self._pump.lost if self._pump is not None else ""
         for one in self._workers:
             self._forget(one.record_fd)
             one.release()
         self._begin()
         if refused is not None:
             raise refused
-        return Ended(outcomes, self._interrupted, leftovers, stopped_s, lost, log_lost)
+        return Ended(outcomes, self._interrupted, leftovers, stopped_s, lost)
 
     def _start(
         self, specs: Sequence[WorkerSpec], display: Display, listening: int | None

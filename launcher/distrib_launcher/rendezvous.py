@@ -54,12 +54,6 @@ class ReservedPort:
         """Close our end of a socket that others hold by now: else who comes when they are gone would wait for ever."""
         self._socket.close()
 
-    def __enter__(self) -> ReservedPort:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
-
     def release(self) -> None:
         """Let go of the port."""
         self._socket.close()

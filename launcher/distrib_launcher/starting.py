@@ -30,8 +30,8 @@ class WorkerSpec:
 
     Attributes:
         rank: Its global rank.
-        kind: "script", "module" or "command".
-        program: The script, module or command, and its arguments.
+        kind: "script", "module", "command" or "function".
+        program: The script, module, command or file with the function, and its arguments.
         env: Its whole environment.
     """
 

@@ -1,8 +1,9 @@
 """What a worker runs before and after the user's program: `python worker.py LIFE RECORD LAUNCHER KIND TARGET [args]`.
 
 LIFE is the read end of a pipe whose write end only the launcher (process id LAUNCHER) holds; RECORD is the write end
-of a pipe on which the launcher hears how the program ended; KIND is "script", "module", "function" or "command". The program then
-runs as the true `__main__`, as if `python` had started it. Standard library only: this runs before the user's code.
+of a pipe on which the launcher hears how the program ended; KIND is "script", "module", "function" or "command". The
+program then runs as the true `__main__`, as if `python` had started it. Standard library only: this runs before the
+user's code.
 """
 
 from __future__ import annotations

@@ -77,13 +77,13 @@ def launch(*words: object, cwd: Path, **extra: str) -> Launched:
 
 
 @contextmanager
-def launching(*words: object, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+def launching(*words: object, cwd: Path, **extra: str) -> Iterator[subprocess.Popen[str]]:
     """Start a launch; whatever the test does, none of its processes is left afterwards."""
     with default_signals():
         process = subprocess.Popen(
             command(*words),
             cwd=cwd,
-            env=environment(),
+            env=environment(**extra),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,

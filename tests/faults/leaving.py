@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.faults.launching import LIMIT_S, Launched, command, default_signals, environment
+from tests.faults.launching import LIMIT_S, Launched
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -60,27 +60,6 @@ def _descendants() -> list[psutil.Process]:
         except (psutil.NoSuchProcess, ChildProcessError):
             continue
     return living
-
-
-@contextmanager
-def started(*words: object, cwd: Path, **extra: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a launch with more in its environment; it has ended afterwards."""
-    with default_signals():
-        process = subprocess.Popen(
-            command(*words),
-            cwd=cwd,
-            env=environment(**extra),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            text=True,
-        )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 def until(path: Path, process: subprocess.Popen[str]) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.faults.launching import LIMIT_S, Launched, command, environment, launch, script
-from tests.faults.leaving import ended_by, nothing_left, started, until
+from tests.faults.launching import LIMIT_S, Launched, command, environment, launch, launching, script
+from tests.faults.leaving import ended_by, nothing_left, until
 from tests.faults.test_launch_program import LOOK, package, plain
 from tests.faults.test_launch_terminal import at_terminal
 
@@ -223,7 +223,7 @@ def test_a_line_is_seen_when_it_is_written(
             time.sleep(0.01)
     """
     words = ("-n", 2, "--start-method", method, script(tmp_path, text))
-    with started(*words, cwd=tmp_path) as process:
+    with launching(*words, cwd=tmp_path) as process:
         assert process.stdout is not None
         seen = {process.stdout.readline() for _ in range(2)}
         (tmp_path / "seen").touch()
@@ -349,7 +349,7 @@ def test_the_process_table_shows_the_program_of_every_rank(tmp_path: Path, metho
             time.sleep(0.01)
     """
     program = script(tmp_path, text, "my_program.py")
-    with started("-n", 2, "--start-method", method, program, "--lr", "3", cwd=tmp_path) as process:
+    with launching("-n", 2, "--start-method", method, program, "--lr", "3", cwd=tmp_path) as process:
         for name in ("a", "b"):
             while len(list(tmp_path.glob("*.pid"))) < 2:
                 assert process.poll() is None, name
@@ -460,7 +460,7 @@ def loading(folder: Path, text: str) -> tuple[tuple[object, ...], dict[str, str]
 
 def test_a_preloader_that_is_killed_while_it_loads_is_replaced_by_fresh_interpreters(tmp_path: Path) -> None:
     words, env = loading(tmp_path, "import os\nprint('ran', os.environ['RANK'])")
-    with nothing_left(), started(*words, cwd=tmp_path, **env) as process:
+    with nothing_left(), launching(*words, cwd=tmp_path, **env) as process:
         until(tmp_path / "loading", process)
         preloader(process).kill()
         out, err = process.communicate(timeout=LIMIT_S)
@@ -479,7 +479,7 @@ def test_nothing_is_left_of_a_launch_that_is_ended_while_it_loads(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     words, env = loading(tmp_path, "open('ran', 'w')")
-    with nothing_left(), started(*words, cwd=tmp_path, **env) as process:
+    with nothing_left(), launching(*words, cwd=tmp_path, **env) as process:
         until(tmp_path / "loading", process)
         done = ended_by(process, number)
 
@@ -500,7 +500,7 @@ WAITS = """
 
 
 def test_ranks_outlive_the_preloader(tmp_path: Path) -> None:
-    with nothing_left(), started("-n", 2, script(tmp_path, WAITS), cwd=tmp_path) as process:
+    with nothing_left(), launching("-n", 2, script(tmp_path, WAITS), cwd=tmp_path) as process:
         for rank in range(2):
             until(tmp_path / f"attempt-0-rank-{rank}", process)
         preloader(process).kill()
@@ -514,7 +514,7 @@ def test_ranks_outlive_the_preloader(tmp_path: Path) -> None:
 def test_a_job_is_restarted_although_its_preloader_was_killed(tmp_path: Path) -> None:
     program = script(tmp_path, WAITS + '    sys.exit(3 if attempt == "0" else 0)\n')
     words = ("-n", 2, "--max-restarts", 1, "--grace", 1, program)
-    with nothing_left(), started(*words, cwd=tmp_path) as process:
+    with nothing_left(), launching(*words, cwd=tmp_path) as process:
         for rank in range(2):
             until(tmp_path / f"attempt-0-rank-{rank}", process)
         preloader(process).kill()

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.launching import LIMIT_S, Launched, command, environment, launch, script
-from tests.faults.leaving import ended_by, nothing_left, started, until
+from tests.faults.launching import LIMIT_S, Launched, command, environment, launch, launching, script
+from tests.faults.leaving import ended_by, nothing_left, until
 from tests.faults.test_launch_terminal import at_terminal
 
 SPAWN = ("--start-method", "spawn")
@@ -570,7 +570,7 @@ SUMS = """
 def test_nothing_is_left_of_ranks_that_talk_to_each_other(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    with nothing_left(), started("-n", 2, "--cpu", script(tmp_path, SUMS), cwd=tmp_path) as process:
+    with nothing_left(), launching("-n", 2, "--cpu", script(tmp_path, SUMS), cwd=tmp_path) as process:
         for rank in range(2):
             until(tmp_path / f"sums-{rank}", process)
         done = ended_by(process, number)
@@ -600,7 +600,7 @@ FORKS = """
 def test_a_rank_that_is_forking_hears_that_it_is_to_end(tmp_path: Path, method: str) -> None:
     words = ("--start-method", method, "--grace", 5, script(tmp_path, FORKS))
     for _ in range(3):
-        with nothing_left(), started(*words, cwd=tmp_path) as process:
+        with nothing_left(), launching(*words, cwd=tmp_path) as process:
             until(tmp_path / "forks", process)
             (tmp_path / "forks").unlink()
             done = ended_by(process, signal.SIGTERM)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.launching import launch, script
-from tests.faults.leaving import ended_by, nothing_left, started, until
+from tests.faults.launching import launch, launching, script
+from tests.faults.leaving import ended_by, nothing_left, until
 
 # Each attempt leaves `attempt-K-rank-R`, with the port at which it meets.
 TELLS = """
@@ -204,7 +204,7 @@ def test_a_signal_ends_a_restarted_job(
 ) -> None:
     text = "    if attempt == '0': sys.exit(3)\n    pathlib.Path('again').touch()\n    time.sleep(60)"
     words = ("-n", 2, "--start-method", method, "--max-restarts", 5, "--grace", 2, telling(tmp_path, text))
-    with nothing_left(), started(*words, cwd=tmp_path) as process:
+    with nothing_left(), launching(*words, cwd=tmp_path) as process:
         assert process.stderr is not None
         while "restarting all ranks (1 of 5)" not in process.stderr.readline():
             pass
@@ -222,6 +222,6 @@ def test_a_signal_ends_a_restarted_job(
 def test_nothing_is_left_of_a_restarted_job_whose_launcher_is_killed(tmp_path: Path) -> None:
     text = "    if attempt == '0': sys.exit(3)\n    pathlib.Path('again').touch()\n    time.sleep(60)"
     words = ("-n", 2, "--max-restarts", 5, "--grace", 1, telling(tmp_path, text))
-    with nothing_left(), started(*words, cwd=tmp_path) as process:
+    with nothing_left(), launching(*words, cwd=tmp_path) as process:
         until(tmp_path / "again", process)
         assert ended_by(process, signal.SIGKILL).code == -signal.SIGKILL

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.launching import launch, script
-from tests.faults.leaving import ended_by, nothing_left, started
+from tests.faults.launching import launch, launching, script
+from tests.faults.leaving import ended_by, nothing_left
 from tests.faults.test_launch_promises import STREAMS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -72,7 +72,7 @@ def test_nothing_is_left_of_launches_that_are_ended_at_random_moments(tmp_path: 
         ports.mkdir()
         env = {"PORTS": str(ports), "TMPDIR": str(temporary)}
         words = ("-n", 2, "--cpu", "--start-method", method, "--grace", 3, "--max-restarts", 1, program)
-        with nothing_left(), started(*words, cwd=tmp_path, **env) as process:
+        with nothing_left(), launching(*words, cwd=tmp_path, **env) as process:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=after_s)
             done = ended_by(process, end)

@@ -25,8 +25,8 @@ from distrib_launcher.rendezvous import ReservedPort
 from distrib_launcher.run_folder import RunFolder
 from distrib_launcher.starting import Forker, PreloadFailed, StartRefused
 
-# What the ranks would import one by one. torch._dynamo comes with the first DistributedDataParallel.
 _NO_ROOM: Final = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+# What the ranks would import one by one. torch._dynamo comes with the first DistributedDataParallel.
 _PRELOADED: Final = ("torch", "torch.distributed", "torch._dynamo", "distrib.accelerator")
 
 
@@ -85,7 +85,7 @@ class Launch:
         except StartRefused as refusal:
             raise _refused(refusal.error) from refusal
         except PreloadFailed as why:
-            raise _broken(why) from why
+            raise _not_started(str(why), "start it again, or set --start-method spawn") from why
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise
@@ -188,21 +188,17 @@ class Launch:
 
 def _refused(error: OSError) -> LaunchError:
     """Return the error for a start for which the system has no room."""
-    return LaunchError(
-        "D0313",
-        f"the ranks cannot be started: {error.strerror}",
-        where="; ".join(limits_behind(str(error))) or "distrib launch",
-        fix="start fewer processes, raise the limit, or free what is used up",
+    return _not_started(
+        str(error.strerror), "start fewer processes, raise the limit, or free what is used up"
     )
 
 
-def _broken(why: PreloadFailed) -> LaunchError:
-    """Return the error for a preloader that has broken down after it had loaded everything."""
+def _not_started(why: str, fix: str) -> LaunchError:
     return LaunchError(
         "D0313",
         f"the ranks cannot be started: {why}",
-        where="; ".join(limits_behind(str(why))) or "distrib launch",
-        fix="start it again; --start-method spawn does without that process",
+        where="; ".join(limits_behind(why)) or "distrib launch",
+        fix=fix,
     )
 
 
