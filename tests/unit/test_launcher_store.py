@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
@@ -15,6 +16,13 @@ from distrib.topology import Rendezvous, Topology
 from distrib.topology.environments.launcher import LauncherEnvironment
 
 SECONDS = timedelta(seconds=20)
+
+
+@pytest.fixture
+def port() -> Iterator[ReservedPort]:
+    port = ReservedPort()
+    yield port
+    port.release()
 
 
 def plan(*, serves_store: bool) -> LaunchPlan:
@@ -52,30 +60,28 @@ def test_another_launcher_s_word_for_a_served_store_does_not_reach_the_ranks() -
     assert rank.env["HOME"] == "/h"
 
 
-def test_ranks_meet_at_a_store_that_none_of_them_serves() -> None:
-    with ReservedPort() as port:
-        served = serve(os.dup(port.listen()))  # the store closes what it is given
-        rendezvous = Rendezvous(HOST, port.port, hosted_by_agent=True)
-        zero, one = (
-            join_store(Topology(rank=rank, world_size=2, local_rank=rank), rendezvous, SECONDS)
-            for rank in range(2)
-        )
+def test_ranks_meet_at_a_store_that_none_of_them_serves(port: ReservedPort) -> None:
+    served = serve(os.dup(port.listen()))  # the store closes what it is given
+    rendezvous = Rendezvous(HOST, port.port, hosted_by_agent=True)
+    zero, one = (
+        join_store(Topology(rank=rank, world_size=2, local_rank=rank), rendezvous, SECONDS)
+        for rank in range(2)
+    )
 
-        one.set("key", "value")
+    one.set("key", "value")
 
-        assert zero.get("key") == b"value"
-        del served
+    assert zero.get("key") == b"value"
+    del served
 
 
-def test_who_comes_before_the_store_is_served_waits_instead_of_being_refused() -> None:
-    with ReservedPort() as port:
-        listening = port.listen()
-        early = socket.create_connection((HOST, port.port), timeout=20)
+def test_who_comes_before_the_store_is_served_waits_instead_of_being_refused(port: ReservedPort) -> None:
+    listening = port.listen()
+    early = socket.create_connection((HOST, port.port), timeout=20)
 
-        early.close()
-        served = serve(os.dup(listening))
-        store = join_store(Topology(), Rendezvous(HOST, port.port, hosted_by_agent=True), SECONDS)
-        store.set("key", "value")
+    early.close()
+    served = serve(os.dup(listening))
+    store = join_store(Topology(), Rendezvous(HOST, port.port, hosted_by_agent=True), SECONDS)
+    store.set("key", "value")
 
-        assert store.get("key") == b"value"
-        del served
+    assert store.get("key") == b"value"
+    del served
