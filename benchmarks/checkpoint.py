@@ -1,4 +1,4 @@
-"""Saving and loading 50 M parameters with AdamW's state, next to the same bytes in one file."""
+"""Saving and loading 50 M and 200 M parameters with AdamW's state, next to the same bytes in one file."""
 
 import os
 import shutil
@@ -13,11 +13,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.measure import MEGA, OURS, PEER, RAW, Bar, Row, alone, interleaved, peak_mb, quiet
+from benchmarks.measure import (
+    MEGA,
+    OURS,
+    PEER,
+    RAW,
+    Bar,
+    Row,
+    alone,
+    give_back_memory,
+    interleaved,
+    peak_mb,
+    quiet,
+)
 from distrib.testing import run_ranks
 
-WIDTH, LAYERS = 2048, 12
-ROUNDS = 5
+WIDTH = 2048
+SMALL, LARGE = 12, 48  # layers: 50 M and 200 M parameters
+ROUNDS = {SMALL: 9, LARGE: 5}
 MEMCPY, FSYNC, LIGHT = "memcpy", "fsync", "light"  # LIGHT: ours with durable=False or verify=False
 BEHIND = "behind"  # ours with blocking=False
 
@@ -25,24 +38,32 @@ Turn = tuple[Callable[[Path], object], Path]  # what writes or reads a checkpoin
 
 
 def run() -> list[Row]:
-    return [*alone(rows_of, 1), *run_ranks(rows_of, 2, 2, timeout_s=1200)[0]]
+    cores = len(os.sched_getaffinity(0))
+    return [
+        *alone(rows_of, 1, SMALL, threads=cores),
+        *run_ranks(rows_of, 2, 2, SMALL, timeout_s=1200)[0],
+        *alone(rows_of, 1, LARGE, threads=cores),
+    ]
 
 
-def rows_of(ranks: int) -> list[Row]:
+def rows_of(ranks: int, layers: int) -> list[Row]:
     if ranks > 1:
         dist.init_process_group("gloo")
-    where = "one process" if ranks == 1 else f"DDP {ranks}"
+    size = round(layers * WIDTH * (WIDTH + 1) / MEGA)
+    where = f"{size} M, " + ("one process" if ranks == 1 else f"DDP {ranks}")
     with shared_folder() as folder, quiet():
-        return list(measured(folder, where, ranks))
+        return list(measured(folder, where, ranks, layers))
 
 
-def measured(folder: Path, where: str, ranks: int) -> Iterator[Row]:
+def measured(folder: Path, where: str, ranks: int, layers: int) -> Iterator[Row]:
     """Yield a row per operation; the contestants of all saves, and of all loads, take turns in one run."""
     from accelerate import Accelerator as Peer
 
     from distrib import Accelerator
 
-    ours, peer, state = prepared(Accelerator), prepared(Peer), OneFile()
+    ours, own_optimizer = prepared(Accelerator, layers)
+    peer, peers_optimizer = prepared(Peer, layers)
+    state, rounds = OneFile(layers), ROUNDS[layers]
     save: dict[str, Turn] = {
         MEMCPY: (state.copy, folder / "memcpy"),
         RAW: (state.write, folder / "raw"),
@@ -51,7 +72,15 @@ def measured(folder: Path, where: str, ranks: int) -> Iterator[Row]:
         OURS: (ours.save_state, folder / "distrib"),
         LIGHT: (lambda path: ours.save_state(path, durable=False), folder / "light"),
     }
-    saved = interleaved(save, lambda turn: timed(turn, fresh=True), ROUNDS)
+    saved = interleaved(save, lambda turn: timed(turn, fresh=True), rounds)
+
+    def resumed(turn: Turn) -> tuple[float, float]:
+        """Load as a new process does, whose optimizer has no state yet."""
+        for optimizer in (own_optimizer, peers_optimizer):
+            optimizer.state.clear()
+        give_back_memory()
+        return timed(turn, fresh=False)
+
     load: dict[str, Turn] = {
         MEMCPY: (state.copy, folder / "memcpy"),
         RAW: (state.read, folder / "raw"),
@@ -59,7 +88,8 @@ def measured(folder: Path, where: str, ranks: int) -> Iterator[Row]:
         OURS: (ours.load_state, folder / "distrib"),
         LIGHT: (lambda path: ours.load_state(path, verify=False), folder / "distrib"),
     }
-    loaded = interleaved(load, lambda turn: timed(turn, fresh=False), ROUNDS)
+    loaded = interleaved(load, resumed, rounds)
+    again = interleaved(load, lambda turn: timed(turn, fresh=False), rounds)
     wall, cpu = clocks(f"save, {where}", saved, raw=FSYNC, own=OURS)
     wall.bars.append(Bar("/ one file with fsync", wall.ratio(RAW), 1.15, target=True))
     yield from (wall, cpu)
@@ -68,11 +98,12 @@ def measured(folder: Path, where: str, ranks: int) -> Iterator[Row]:
     if ranks > 1:
         wall.bars.append(Bar(f"/ {PEER}", wall.ratio(PEER), 0.8, target=True))
     yield from (wall, cpu)
-    yield blocking(ours, peer, state, folder, where, ranks)
+    yield blocking(ours, peer, state, folder, where, rounds)
     for what, own, limit in (("load", OURS, 0.8), ("load, verify=False", LIGHT, 0.4)):
         wall, cpu = clocks(f"{what}, {where}", loaded, raw=RAW, own=own)
         wall.bars.append(Bar(f"/ {PEER}", wall.ratio(PEER), limit, target=True))
         yield from (wall, cpu)
+    yield clocks(f"load again in one process, {where}", again, raw=RAW, own=OURS)[0]
     row = Row(f"extra memory of a save, {where}", "MB", memory(save, fresh=True))
     row.bars.append(Bar("MB", row.samples[OURS][0], 0.15 * state.bytes / ranks / MEGA, target=True))
     yield row
@@ -81,15 +112,15 @@ def measured(folder: Path, where: str, ranks: int) -> Iterator[Row]:
     yield row
 
 
-def blocking(ours: Any, peer: Any, state: "OneFile", folder: Path, where: str, ranks: int) -> Row:
+def blocking(ours: Any, peer: Any, state: "OneFile", folder: Path, where: str, rounds: int) -> Row:
     """Return how long the training loop waits for a save that goes on behind it; Accelerate's has no such mode."""
-    copy = OneFile(state.bytes // ranks)  # what one rank copies
+    copy = OneFile(size=state.bytes // num_ranks())  # what one rank copies
     turns: dict[str, Turn] = {
         MEMCPY: (copy.copy_all, folder / "memcpy"),
         PEER: (peer.save_state, folder / "accelerate"),
         OURS: (lambda path: ours.save_state(path, blocking=False), folder / BEHIND),
     }
-    samples = interleaved(turns, waited, ROUNDS)
+    samples = interleaved(turns, waited, rounds)
     row = Row(f"the loop waits for a save, {where}", "s wall", samples)
     row.bars.append(Bar("/ memcpy of the share", row.ratio(MEMCPY), 1.3, target=True))
     return row
@@ -108,26 +139,25 @@ def waited(turn: Turn) -> float:
     return wall
 
 
-def prepared(accelerator_class: Callable[..., Any]) -> Any:
+def prepared(accelerator_class: Callable[..., Any], layers: int) -> tuple[Any, torch.optim.Optimizer]:
     """Return an accelerator with a model and an optimizer that has stepped, so that its state is there."""
     accelerator = accelerator_class(cpu=True)
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
     accelerator.prepare(model, optimizer)
-    return accelerator
+    return accelerator, optimizer
 
 
 class OneFile:
     """As many bytes as the training state has, and rank 0's plainest ways to keep them; other ranks wait."""
 
-    def __init__(self, size: int | None = None) -> None:
-        self.bytes = (
-            size or 3 * LAYERS * (WIDTH * WIDTH + WIDTH) * torch.float32.itemsize
-        )  # model, two moments
+    def __init__(self, layers: int = 0, *, size: int | None = None) -> None:
+        model = layers * WIDTH * (WIDTH + 1) * torch.float32.itemsize
+        self.bytes = size or 3 * model  # with two moments
         here = size is not None or is_main()
         self.state = torch.randint(256, (self.bytes,), dtype=torch.uint8) if here else torch.empty(0)
         self.other = torch.zeros_like(self.state)
@@ -202,6 +232,10 @@ def clocks(what: str, samples: Mapping[str, list[Any]], *, raw: str, own: str) -
         Row(what, f"s {clock}", {name: [value[i] for value in samples[key]] for name, key in shown.items()})
         for i, clock in enumerate(("wall", "CPU"))
     ]
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:

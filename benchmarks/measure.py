@@ -135,16 +135,21 @@ def num_collectives(function: Callable[[], object]) -> int:
 
 def peak_mb(function: Callable[[], object]) -> float:
     """Return how far the resident size rose above its value at the start, at its peak, in 10**6 bytes."""
-    ctypes.CDLL(None).malloc_trim(0)  # else freed memory that was not given back would be used again, unseen
+    give_back_memory()
     Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak becomes the present size
     before = _resident_kb("VmRSS")
     function()
     return (_resident_kb("VmHWM") - before) * 1024 / MEGA
 
 
-def alone(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a module-level function in a fresh process that is no rank of anything, with one thread."""
-    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+def give_back_memory() -> None:
+    """Return freed memory to the system: else it would be used again, unseen and faster than in a new process."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def alone(function: Callable[..., Any], *args: Any, threads: int = 1) -> Any:
+    """Call a module-level function in a fresh process that is no rank of anything."""
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         return pool.submit(function, *args).result()
 
 

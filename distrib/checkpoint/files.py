@@ -16,6 +16,7 @@ import xxhash
 from distrib.checkpoint.format import MANIFEST, MAX_JSON_BYTES, Extent, FileRecord, checksum
 from distrib.checkpoint.location import Location, Url
 from distrib.checkpoint.objects import Objects
+from distrib.checkpoint.parallel import num_threads
 from distrib.errors import CheckpointError
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -58,10 +59,15 @@ class Directory:
     """An open checkpoint, in a directory or at a URL.
 
     Of a directory, what was opened stays the same one, even if another is swapped into its place.
+
+    Attributes:
+        path: Its directory or URL.
+        threads: How many threads are best to read with; a store is asked for several ranges at once anyway.
     """
 
     def __init__(self, path: Location) -> None:
         self.path = path
+        self.threads = 1 if isinstance(path, Url) else num_threads()
         self._folder = ""
         with self._reading(path):
             self._files: Files = Objects(path) if isinstance(path, Url) else _LocalFiles(path)

@@ -24,6 +24,7 @@ from distrib.checkpoint.codec import decode
 from distrib.checkpoint.files import Directory
 from distrib.checkpoint.format import MANIFEST, Extent, Manifest, StoredSlice, StoredTensor
 from distrib.checkpoint.location import Location, Url, locate
+from distrib.checkpoint.parallel import each
 from distrib.checkpoint.plan import Overlap, Piece, numel, overlaps, pieces, size_of
 from distrib.checkpoint.storage import Storage, entries
 from distrib.checkpoint.transfer import read_box, relative, sub_tensor
@@ -231,20 +232,25 @@ class Reader:
             self._directory.check_size(name, self.manifest.files[name])
         return jobs
 
+    def _read(self, jobs: Sequence[_Job]) -> None:
+        filled = each(self._filled, jobs, self._directory.threads)
+        for job, tensor in zip(jobs, filled, strict=True):
+            job.part.commit(tensor)
+
     @torch.no_grad()
-    def _read(self, jobs: Iterable[_Job]) -> None:
-        for part, stored in jobs:
-            tensor = part.get()
-            try:
-                self._read_slice(part, stored, tensor.detach())
-            except CheckpointError as error:
-                raise CheckpointError(
-                    error.code,
-                    f"{error.problem} (tensor {part.name!r} and others may be partly overwritten)",
-                    where=error.where,
-                    fix=error.fix,
-                ) from error
-            part.commit(tensor)
+    def _filled(self, job: _Job) -> torch.Tensor:
+        part, stored = job
+        tensor = part.get()
+        try:
+            self._read_slice(part, stored, tensor.detach())
+        except CheckpointError as error:
+            raise CheckpointError(
+                error.code,
+                f"{error.problem} (tensor {part.name!r} and others may be partly overwritten)",
+                where=error.where,
+                fix=error.fix,
+            ) from error
+        return tensor
 
     def _read_slice(self, part: Slice, stored: StoredTensor, tensor: torch.Tensor) -> None:
         views = _piece_views(part, tensor)
@@ -536,13 +542,15 @@ def _size_problems(
 def _byte_problems(
     directory: Directory, manifest: Manifest, rank: int, world_size: int
 ) -> list[CheckpointError]:
-    found = []
-    for extent in _portion(manifest, rank, world_size):
+    def problem(extent: Extent) -> CheckpointError | None:
         try:
             directory.check(extent)
         except CheckpointError as error:
-            found.append(error)
-    return found
+            return error
+        return None
+
+    found = each(problem, _portion(manifest, rank, world_size), directory.threads)
+    return [x for x in found if x is not None]
 
 
 def _portion(manifest: Manifest, rank: int, world_size: int) -> list[Extent]:

@@ -19,7 +19,14 @@ from distrib.checkpoint.store import Store, Write
 LOCK_MAGIC = "distrib-checkpoint lock"
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
+_WRITEBACK = 32 * 2**20  # bytes
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE, linux/fs.h
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOLCK, errno.EPERM)
+
+
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 class LockedError(OSError):
@@ -50,6 +57,11 @@ class Storage:
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(file, rest) :]
+
+    def start_writeback(self, file: int, start: int, size: int) -> None:
+        """Let the system begin to bring a range of a file to the medium, where it can; nothing waits for it."""
+        if _sync_file_range is not None:
+            _sync_file_range(file, start, size, _WRITE)
 
     def sync(self, file: int) -> None:
         """Wait until a file's bytes are on the medium."""
@@ -142,11 +154,26 @@ def writing(storage: Storage, path: Path, *, durable: bool) -> Iterator[Write]:
     """
     file = storage.create(path)
     try:
-        yield partial(storage.write, file)
+        yield _Durable(storage, file).write if durable else partial(storage.write, file)
         if durable:
             storage.sync(file)
     finally:
         storage.close(file)
+
+
+class _Durable:
+    """Appends to a file that is going to be synced: the disk works while the next bytes are prepared."""
+
+    def __init__(self, storage: Storage, file: int) -> None:
+        self._storage, self._file = storage, file
+        self._size = self._started = 0  # bytes
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._storage.write(self._file, data)
+        self._size += len(data)
+        if self._size - self._started >= _WRITEBACK:
+            self._storage.start_writeback(self._file, self._started, self._size - self._started)
+            self._started = self._size
 
 
 def entries(path: Location) -> Iterator[str]:

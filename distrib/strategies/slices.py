@@ -155,7 +155,10 @@ def loading_whole(
 
 
 def _allocate(optimizer: Optimizer, names: Names, stored: Mapping[str, TensorSpec], prefix: str) -> None:
-    """Give each parameter exactly the state tensors that the checkpoint has for it, uninitialised."""
+    """Give each parameter exactly the state tensors that the checkpoint has for it, with any values.
+
+    Tensors that are there already and fit are filled in place: fresh memory costs several times the reading.
+    """
     keys: dict[str, list[str]] = {}
     wanted = {name for name, _ in named_parameters(optimizer, names)}
     for full in stored:
@@ -165,19 +168,31 @@ def _allocate(optimizer: Optimizer, names: Names, stored: Mapping[str, TensorSpe
                 keys.setdefault(name, []).append(key)
     for index, group in enumerate(optimizer.param_groups):
         for name, parameter in zip(_names_of(group, names, index), group["params"], strict=True):
-            fresh = {
-                key: _empty(stored[f"{prefix}{key}.{name}"], parameter, group) for key in keys.get(name, ())
+            here = optimizer.state.get(parameter, {})
+            wanted_here = {key: stored[f"{prefix}{key}.{name}"] for key in keys.get(name, ())}
+            fitting = {
+                key: here[key] if _fits(here.get(key), spec) else _empty(spec, parameter, group)
+                for key, spec in wanted_here.items()
             }
-            if fresh:
-                optimizer.state[parameter] = fresh
+            if fitting:
+                optimizer.state[parameter] = fitting
             else:
                 optimizer.state.pop(parameter, None)
+
+
+def _fits(value: object, spec: TensorSpec) -> bool:
+    """Whether a value is a tensor with memory of its own for all of `spec`."""
+    return (
+        isinstance(value, Tensor)
+        and (tuple(value.shape), value.dtype) == (tuple(spec.shape), spec.dtype)
+        and value.is_contiguous()
+    )
 
 
 def _empty(spec: TensorSpec, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
     # As Optimizer.load_state_dict has it: a step counter stays on the CPU unless the step itself runs on the device.
     on_device = spec.shape or group.get("capturable") or group.get("fused")
-    return torch.zeros(spec.shape, dtype=spec.dtype, device=parameter.device if on_device else "cpu")
+    return torch.empty(spec.shape, dtype=spec.dtype, device=parameter.device if on_device else "cpu")
 
 
 def _restore_extra_state(model: nn.Module, prefix: str, objects: Mapping[str, Any]) -> None:
