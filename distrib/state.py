@@ -37,7 +37,7 @@ class TrainState:
     schedulers: tuple[Any, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Box:
     """A hyper-rectangle of a tensor: start and size of each dim."""
 
@@ -45,7 +45,7 @@ class Box:
     size: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Interval:
     """Elements [start, stop) of a tensor flattened in row-major order."""
 
@@ -99,7 +99,7 @@ class ShardedState:
     aliases: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Shape and dtype of a logical tensor as a checkpoint holds it."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 from distrib.errors import CheckpointError
@@ -207,20 +206,22 @@ def plan_writes(shares: Sequence[Share], itemsize: Mapping[str, int]) -> WritePl
     Raises:
         CheckpointError: if ranks disagree on shape or dtype, or the slices are not each tensor exactly once.
     """
-    holders = holders_of(shares)
     load = [0] * sum(len(share.ranks) for share in shares)
     owned: list[list[Held]] = [[] for _ in load]
-
-    def give(item: Held, ranks: Iterable[int]) -> None:
+    shared: list[tuple[int, Held, list[int]]] = []  # bytes, slice, its holders
+    for item, found in holders_of(shares).items():
+        ranks = [rank for i in found for rank in shares[i].ranks]
+        num_bytes = size_of(item.where) * itemsize[item.dtype]
+        if len(ranks) > 1:
+            shared.append((num_bytes, item, ranks))
+        else:  # no choice: such slices go first, so that the others even out what they leave
+            load[ranks[0]] += num_bytes
+            owned[ranks[0]].append(item)
+    shared.sort(key=lambda entry: -entry[0])
+    for num_bytes, item, ranks in shared:
         rank = min(ranks, key=lambda r: (load[r], r))
-        load[rank] += size_of(item.where) * itemsize[item.dtype]
+        load[rank] += num_bytes
         owned[rank].append(item)
-
-    # Slices with one holder have no choice: they go first, so that the others even out what they leave.
-    sizes = {item: sum(len(shares[i].ranks) for i in found) for item, found in holders.items()}
-    by_size = sorted(holders, key=lambda item: -size_of(item.where) * itemsize[item.dtype])
-    for item in sorted(by_size, key=lambda item: sizes[item] > 1):
-        give(item, chain.from_iterable(shares[i].ranks for i in holders[item]))
     return WritePlan(tuple(map(tuple, owned)))
 
 
@@ -241,7 +242,7 @@ def holders_of(shares: Sequence[Share]) -> dict[Held, list[int]]:
 
 def _canonical_held(item: Held) -> Held:
     where = canonical(item.where, item.shape) if numel(item.shape) else whole_box(item.shape)
-    return item._replace(where=where)
+    return item if where is item.where else item._replace(where=where)
 
 
 def _check_tensors(names: Iterable[str], holders: Iterable[Held]) -> None:
