@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     )
     from distrib.logging import get_logger as get_logger
     from distrib.seeding import set_seed as set_seed
+    from distrib.strategies.meta import init_empty as init_empty
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "Accelerator": "distrib.accelerator",
     "RunConfig": "distrib.config",
+    "init_empty": "distrib.strategies.meta",
     "set_seed": "distrib.seeding",
     "get_logger": "distrib.logging",
     "DistribError": "distrib.errors",
@@ -46,7 +48,7 @@ _WHERE = {
     "launch": "distrib_launcher.functions",
     "notebook_launcher": "distrib_launcher.functions",
 }
-_NOT_BUILT = ("init_empty", "find_executable_batch_size", "LocalSGD", "compat")
+_NOT_BUILT = ("find_executable_batch_size", "LocalSGD", "compat")
 _MODULES = ("testing", "tracking")
 
 __all__ = [*_WHERE, *_MODULES]  # noqa: PLE0604 (names come from the tables above)

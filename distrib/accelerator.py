@@ -7,7 +7,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from distrib.checkpoint import Location, Url, latest, locate, locate_below, reta
 from distrib.checkpoint.background import Background, Pending
 from distrib.checkpoint.companions import write_model
 from distrib.checkpoint.export import Include
+from distrib.checkpoint.hooks import Hook, HookHandle, Hooks
 from distrib.checkpoint.retention import Best
 from distrib.collectives.inputs import check_rank, check_tensors
 from distrib.collectives.split import split
@@ -50,7 +51,7 @@ from distrib.run_state import RunState, begin_save, check_metrics, load_run
 from distrib.seeding import derive, part_noise_streams, set_seed
 from distrib.startup import call_site, read_config, start
 from distrib.state import TrainState
-from distrib.strategies.slices import parameter_names, plain_name
+from distrib.strategies.slices import plain_name
 from distrib.topology import Mesh, Topology
 from distrib.tracking import TRACKERS, Session, Tracker, split_names
 from distrib.training import Accumulation, PreparedOptimizer, PreparedScheduler
@@ -58,7 +59,7 @@ from distrib.training import Accumulation, PreparedOptimizer, PreparedScheduler
 F = TypeVar("F", bound=Callable[..., Any])
 
 _NOT_BUILT = frozenset({
-    "gathered", "profile", "progress", "register_load_state_pre_hook", "register_save_state_pre_hook", "should_stop",
+    "profile", "progress", "should_stop",
 })  # fmt: skip
 
 
@@ -89,7 +90,7 @@ class Accelerator:
     Args:
         config: Settings, or a file of them. Default: what `distrib launch` passed, else the file that
             DISTRIB_CONFIG_FILE names, else defaults.
-        strategy: "auto", "single" or "ddp".
+        strategy: "auto", "single", "ddp" or "fsdp".
         mixed_precision: "no", "bf16" or "fp16".
         gradient_accumulation_steps: Micro-steps per optimizer step; 1 by default. Not together with the next.
         global_batch_size: Samples per optimizer step over all ranks.
@@ -145,6 +146,7 @@ class Accelerator:
             self._config.tracking.log_with, own_trackers, TRACKERS, self._runtime.collectives
         )
         self._background = Background(self._runtime.collectives)
+        self._save_hooks, self._load_hooks = Hooks(), Hooks()
         atexit.register(self._runtime.collectives.close)
         atexit.register(self._tracking.finish)
         atexit.register(self._background.finish)
@@ -330,7 +332,7 @@ class Accelerator:
             self._live,
             self.gradient_accumulation_steps,
             scaler=self._run.scaler,
-            names=lambda: parameter_names([self._strategy.unwrap(model) for model in self._run.models]),
+            names=lambda: self._strategy.parameter_names(self._run.models),
         )
 
     def _prepare_loader(self, loader: DataLoader[Any], *, is_distributed: bool | None = None) -> None:
@@ -596,8 +598,8 @@ class Accelerator:
         Raises:
             StrategyError: on every rank, naming the first tensor that differs and which ranks hold what.
         """
-        plain = [self._strategy.unwrap(model) for model in models or self._run.models]
-        check_in_sync(plain, self._runtime.collectives)
+        tensors = [self._strategy.replicated(model) for model in models or self._run.models]
+        check_in_sync(tensors, self._runtime.collectives)
 
     # Checkpoints
 
@@ -608,6 +610,7 @@ class Accelerator:
         blocking: bool = True,
         durable: bool = True,
         metrics: Mapping[str, float] | None = None,
+        allow_pickle: bool = False,
     ) -> SaveHandle:
         """Write models, optimizers, schedulers, data positions and generators, whole or not at all. Collective.
 
@@ -620,6 +623,8 @@ class Accelerator:
             durable: Flush to the disk before the checkpoint becomes visible.
             metrics: Numbers that say how good this state is, such as {"loss": 0.3}; rank 0's are stored. With
                 `checkpoint.keep_best`, the best checkpoints stay.
+            allow_pickle: Store what a registered object's `state_dict` has as a pickle where it can be stored in no other
+                way. `load_state` opens it only with `allow_pickle=True`.
 
         Raises:
             CheckpointError: on every rank if one cannot write; an older checkpoint stays as it was. An error in the
@@ -629,11 +634,23 @@ class Accelerator:
         directory = (
             locate(output_dir) if output_dir is not None else self._checkpoints / f"step-{self._run.step:08d}"
         )
-        info = {"strategy": type(self._strategy).__name__, "config": dict(self._config.set_values())}
+        info = {
+            "strategy": type(self._strategy).__name__,
+            "config": dict(self._config.set_values()),
+            **self._tracking.stored(),
+        }
         keep, given = self._config.checkpoint, {name: float(value) for name, value in (metrics or {}).items()}
         check_metrics(keep.best_metric if keep.keep_best else None, given)
         saving = begin_save(
-            directory, self._run, self._strategy, self._runtime, info, metrics=given, durable=durable
+            directory,
+            self._run,
+            self._strategy,
+            self._runtime,
+            info,
+            metrics=given,
+            hooks=self._save_hooks,
+            durable=durable,
+            allow_pickle=allow_pickle,
         )
         best = Best(str(keep.best_metric), keep.best_mode, keep.keep_best) if keep.keep_best else None
 
@@ -673,7 +690,8 @@ class Accelerator:
             ignore: Shell patterns of parameters that stay as they are, and what optimizers know of them: "model/head.*";
                 "model_1/..." for the second model.
             verify: Compare checksums, not only sizes.
-            allow_pickle: Not built yet; nothing is pickled.
+            allow_pickle: Open the pickles of registered objects that `save_state(allow_pickle=True)` has stored. They run
+                whatever code they name, so only for a checkpoint that you trust.
 
         Returns:
             The checkpoint's directory; None if no `input_dir` was given and the run has no checkpoint so far.
@@ -681,22 +699,23 @@ class Accelerator:
         Raises:
             CheckpointError: if it is incomplete, damaged, or does not fit; nothing is changed then.
         """
-        if allow_pickle:
-            raise NotBuiltError("load_state(allow_pickle=...)")
         self._background.wait()
         directory = locate(input_dir) if input_dir is not None else self._newest()
         if directory is None:
             return None
-        load_run(
+        info = load_run(
             directory,
             self._run,
             self._strategy,
             self._runtime,
+            hooks=self._load_hooks,
             verify=verify,
             strict=strict,
             ignore=tuple([ignore] if isinstance(ignore, str) else ignore),
+            allow_pickle=allow_pickle,
         )
         self._accumulation.reset()
+        self._tracking.go_on(info)
         return directory
 
     def register_for_checkpointing(self, *objects: Any) -> None:
@@ -713,6 +732,35 @@ class Accelerator:
                     fix="give it both methods, or put its values into an object that has them",
                 )
         self._run.custom.extend(objects)
+
+    def register_save_state_pre_hook(self, hook: Hook) -> HookHandle:
+        """Let `save_state` call `hook(models, weights, output_dir)` on every rank before it saves.
+
+        The hook may take `models[i]` or `weights[i]` out of its list: that model is then not saved, if rank 0 does so.
+        What it writes below `output_dir` becomes part of the checkpoint. If it raises on any rank, nothing is saved.
+
+        Args:
+            hook: Gets the prepared models; a read-only mapping for each, plain name -> this rank's tensor; and the path
+                of an empty folder of this rank, named like the checkpoint. Register it on every rank.
+
+        Returns:
+            A handle, whose `remove()` takes the hook out.
+        """
+        return self._save_hooks.add(hook)
+
+    def register_load_state_pre_hook(self, hook: Hook) -> HookHandle:
+        """Let `load_state` call `hook(models, input_dir)` on every rank, before it changes anything.
+
+        The hook may take `models[i]` out of the list, on every rank: that model is then left to the hook.
+
+        Args:
+            hook: Gets the prepared models, and the path of the checkpoint's directory; for a checkpoint at a URL, that
+                of a folder with the files of the save's hooks. Register it on every rank.
+
+        Returns:
+            A handle, whose `remove()` takes the hook out.
+        """
+        return self._load_hooks.add(hook)
 
     def save_model(
         self,
@@ -763,8 +811,20 @@ class Accelerator:
 
     def get_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """Return the plain model's state dict, on every rank. Collective."""
-        with self._strategy.gathered(model) as plain:
-            return {plain_name(name): value for name, value in plain.state_dict().items()}
+        return {plain_name(name): value for name, value in self._strategy.whole_state_dict(model).items()}
+
+    @contextmanager
+    def gathered(self, *models: nn.Module) -> Iterator[Any]:
+        """Let prepared models have whole parameters inside: for generation, for looking at them, for changing them.
+
+        What the body changes in place stays, if every rank makes the same change. Collective.
+
+        Returns:
+            A context that gives the plain model; a tuple of them for several.
+        """
+        with ExitStack() as open_ones:
+            plain = tuple(open_ones.enter_context(self._strategy.gathered(model)) for model in models)
+            yield plain[0] if len(plain) == 1 else plain
 
     def skip_first_batches(self, loader: PreparedDataLoader, num_batches: int = 0) -> PreparedDataLoader:
         """Let the next loop over `loader` start at the epoch's batch `num_batches`, reading none before it.
@@ -898,6 +958,8 @@ class Accelerator:
         init_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Start the trackers of `tracking.log_with` on the main rank. Collective.
+
+        After `load_state` they go on with the runs that the checkpoint names, where they can.
 
         Args:
             project_name: Names the run's record: a file or folder in `project_dir`.

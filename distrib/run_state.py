@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,14 @@ from torch import nn
 from distrib.checkpoint import Contents, Location, Reader, Saving, begin, open_checkpoint, rng
 from distrib.checkpoint.adopt import adopt, is_conversion
 from distrib.checkpoint.agreement import together
+from distrib.checkpoint.hooks import (
+    Hooks,
+    Taken,
+    run_load_hooks,
+    run_save_hooks,
+    without_models,
+)
+from distrib.checkpoint.pickled import packed, unpacked
 from distrib.checkpoint.retention import METRICS
 from distrib.data import PreparedDataLoader
 from distrib.errors import CheckpointError, DataError, did_you_mean
@@ -23,7 +31,7 @@ from distrib.precision import LossScaler
 from distrib.seeding import derive, part_noise_streams
 from distrib.state import Runtime, TensorSpec, TrainState
 from distrib.strategies import Strategy
-from distrib.strategies.slices import parameter_names
+from distrib.strategies.slices import module_prefix
 from distrib.training import PreparedOptimizer, PreparedScheduler
 
 
@@ -76,12 +84,22 @@ def begin_save(
     info: Mapping[str, Any],
     *,
     metrics: Mapping[str, float],
+    hooks: Hooks,
     durable: bool,
+    allow_pickle: bool,
 ) -> Saving:
     """Plan a checkpoint of the run as it is now, at exactly `directory`. Collective."""
-    _check_same_path(directory, runtime)
+    _check_same_call(directory, hooks, runtime)
+    state, ranks = strategy.sharded_state(run.for_strategy()), runtime.collectives
+    taken = run_save_hooks(hooks, run.models, state, directory.name, ranks) if hooks else Taken()
+    custom, pickles = together(
+        ranks,
+        "preparing the registered objects",
+        lambda: packed(run.custom, allow_pickle=allow_pickle, stores=runtime.topology.is_main),
+    )
+    state = without_models(state, taken.models)
     contents = Contents(
-        state=strategy.sharded_state(run.for_strategy()),
+        state=replace(state, tensors={**state.tensors, **pickles}),
         loaders=[loader.position for loader in run.loaders],
         schedulers=[
             {
@@ -93,15 +111,17 @@ def begin_save(
         ],
         scaler=run.scaler.state_dict() if run.scaler else None,
         rng=rng.capture(runtime.device_backend),
-        custom=[item.state_dict() for item in run.custom],
+        custom=custom,
         counters={
             "step": run.step,
             "optimizer_steps": [x.num_steps for x in run.optimizers],
             METRICS: dict(metrics),
         },
         info=dict(info),
+        files=taken.files,
+        file_sizes=taken.sizes,
     )
-    return begin(directory, contents, runtime.collectives, durable=durable)
+    return begin(directory, contents, ranks, durable=durable)
 
 
 def check_metrics(wanted: str | None, given: Mapping[str, float]) -> None:
@@ -125,10 +145,12 @@ def load_run(
     strategy: Strategy,
     runtime: Runtime,
     *,
+    hooks: Hooks,
     verify: bool,
     strict: bool = True,
     ignore: Collection[str] = (),
-) -> None:
+    allow_pickle: bool = False,
+) -> dict[str, Any]:
     """Bring the run to where the checkpoint in `directory` stood. Collective.
 
     Args:
@@ -136,30 +158,42 @@ def load_run(
         run: What has been prepared.
         strategy: How it lies over the ranks.
         runtime: The ranks.
+        hooks: Called before anything of the run is changed; a model that they take is left to them.
         verify: Compare checksums, not only sizes.
         strict: Whether everything has to be in both, the checkpoint and the run. A wrong shape is refused in any case.
         ignore: Shell patterns of parameters, "model/head.*", that stay as they are, with what optimizers know of them.
+        allow_pickle: Whether to open the pickles of registered objects.
+
+    Returns:
+        What the checkpoint says of the run that wrote it.
 
     Raises:
         CheckpointError: if it is damaged or does not fit what has been prepared; nothing is changed then.
     """
-    _check_same_path(directory, runtime)
+    _check_same_call(directory, hooks, runtime)
     reader = open_checkpoint(directory, runtime.collectives, verify=verify)
-    names = parameter_names([strategy.unwrap(model) for model in run.models])
+    names = strategy.parameter_names(run.models)
     reader = adopt(
         reader, [x.optimizer for x in run.optimizers], names, [x.scheduler for x in run.schedulers]
     )
     if strict:
         _check_parts(directory, reader, run)
     together(runtime.collectives, "comparing the data", lambda: _check_positions(reader, run))
+    custom = together(
+        runtime.collectives,
+        "reading the registered objects",
+        lambda: _custom_states(directory, run, reader, allow_pickle=allow_pickle),
+    )
+    theirs = run_load_hooks(hooks, run.models, reader, runtime.collectives) if hooks else ()
+    prefixes = tuple(map(module_prefix, theirs))
+    objects = {name: x for name, x in reader.objects.items() if not name.startswith(prefixes)}
     with (
-        strategy.loading(
-            run.for_strategy(), _taken(reader.specs(), ignore), reader.objects, strict=strict
-        ) as state,
-        _loaded(run, reader),
+        strategy.loading(run.for_strategy(), _taken(reader.specs(), ignore), objects, strict=strict) as state,
+        _loaded(run, reader, custom),
     ):
         _check_patterns(ignore, {*reader.specs(), *state.tensors})
         patterns = [*ignore, *(f"optimizer*/*.{x.partition('/')[2]}" for x in ignore if "/" in x)]
+        patterns += [f"{prefix}*" for prefix in prefixes]
         reader.fill(state, only=reader.check(state, strict=strict, ignore=patterns))
     for loader, position in zip(run.loaders, reader.loaders, strict=False):
         loader.position = position
@@ -170,6 +204,12 @@ def load_run(
     if run.scaler is not None and reader.scaler is not None:
         run.scaler.load_state_dict(reader.scaler)
     _restore_generators(reader, runtime)
+    return reader.info
+
+
+def _custom_states(directory: Location, run: RunState, reader: Reader, *, allow_pickle: bool) -> list[Any]:
+    wanted = list(reader.custom)[: len(run.custom)]
+    return unpacked(wanted, reader.manifest, allow_pickle=allow_pickle, where=str(directory))
 
 
 def _check_patterns(ignore: Collection[str], names: Collection[str]) -> None:
@@ -197,10 +237,10 @@ def _taken(stored: Mapping[str, TensorSpec], ignore: Collection[str]) -> dict[st
 
 
 @contextmanager
-def _loaded(run: RunState, reader: Reader) -> Iterator[None]:
+def _loaded(run: RunState, reader: Reader, custom: Sequence[Any]) -> Iterator[None]:
     """Load schedulers and registered objects; if they or the body fail, they are as they were."""
     here = [[x.scheduler for x in run.schedulers], run.custom]
-    there = [[x["state"] for x in reader.schedulers], list(reader.custom)]
+    there = [[x["state"] for x in reader.schedulers], list(custom)]
     pairs = [
         pair for parts, saved in zip(here, there, strict=True) for pair in zip(parts, saved, strict=False)
     ]
@@ -216,15 +256,23 @@ def _loaded(run: RunState, reader: Reader) -> Iterator[None]:
         raise
 
 
-def _check_same_path(directory: Location, runtime: Runtime) -> None:
-    everyone = runtime.collectives.gather_object(str(directory))
-    other = next((rank for rank, path in enumerate(everyone) if path != everyone[0]), None)
-    if other is not None:
+def _check_same_call(directory: Location, hooks: Hooks, runtime: Runtime) -> None:
+    everyone = runtime.collectives.gather_object((str(directory), len(hooks)))
+    other = next((rank for rank, call in enumerate(everyone) if call != everyone[0]), None)
+    if other is None:
+        return
+    (path, count), (other_path, other_count) = everyone[0], everyone[other]
+    if path != other_path:
         raise CheckpointError(
             "D0794",
-            f"rank 0 names {everyone[0]}, rank {other} names {everyone[other]}; expected one directory for all ranks",
+            f"rank 0 names {path}, rank {other} names {other_path}; expected one directory for all ranks",
             fix="let one rank choose the name: accelerator.broadcast_object(name), or leave it to checkpoint.dir",
         )
+    raise CheckpointError(
+        "D0764",
+        f"rank 0 has registered {count} hooks, rank {other} has {other_count}; expected the same on all ranks",
+        fix="register hooks on every rank; a hook may ask for accelerator.is_main_process inside",
+    )
 
 
 def _check_positions(reader: Reader, run: RunState) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from distrib.collectives import connect_ranks
 from distrib.config import RunConfig, from_wire, load_config, with_code
 from distrib.config.schema import show
 from distrib.devices import choose_device
-from distrib.errors import ConfigError
+from distrib.errors import ConfigError, StrategyError
 from distrib.precision import resolve_precision
 from distrib.state import Runtime
 from distrib.strategies import Strategy, choose_strategy
-from distrib.topology import detect_topology, resolve_mesh
+from distrib.topology import Mesh, detect_topology, resolve_mesh
 from distrib.topology.threads import threads_per_rank, usable_cores
 
 
@@ -95,7 +95,7 @@ def start(config: RunConfig, env: Mapping[str, str]) -> Startup:
     name, strategy, strategy_reason = choose_strategy(
         config.strategy, topology.world_size, backend.name, where=_where(config, "strategy")
     )
-    mesh = resolve_mesh(config.mesh.model_dump(), topology.world_size, where=_where(config, "mesh.replicate"))
+    mesh = _mesh(config, name, strategy.capabilities.axes, topology.world_size)
     device = backend.bind(topology.local_rank)
     precision = resolve_precision(config.mixed_precision, backend, where=_where(config, "mixed_precision"))
     threads, threads_reason = threads_per_rank(env, usable_cores(), topology.local_world_size)
@@ -117,6 +117,32 @@ def start(config: RunConfig, env: Mapping[str, str]) -> Startup:
         + (f", config {config.file}" if config.file else "")
     )
     return Startup(runtime, strategy(runtime, _options_of(name, config)), summary)
+
+
+def _mesh(config: RunConfig, strategy: str, axes: Sequence[str], world_size: int) -> Mesh:
+    """Return the mesh; the strategy's last axis without a size takes what is left.
+
+    Raises:
+        ConfigError: if the sizes do not multiply to the world size.
+        StrategyError: D0832, if ranks are asked for along an axis that the strategy does not know.
+    """
+    sizes = config.mesh.model_dump()
+    unset = [axis for axis in sizes if not config.is_set(f"mesh.{axis}")]
+    sizes.update(dict.fromkeys(unset, 1))
+    free = [axis for axis in axes if axis in unset]
+    if -1 not in sizes.values() and free:
+        sizes[free[-1]] = -1
+    first = next((axis for axis in sizes if axis not in unset), "replicate")
+    mesh = resolve_mesh(sizes, world_size, where=_where(config, f"mesh.{first}"))
+    for axis, size in mesh.axes:
+        if size > 1 and axis not in axes:
+            raise StrategyError(
+                "D0832",
+                f"mesh.{axis} is {size}, but strategy {strategy} lays ranks out along {' and '.join(axes)} only",
+                where=_where(config, f"mesh.{axis}"),
+                fix="leave it out, or choose another strategy",
+            )
+    return mesh
 
 
 def _options_of(name: str, config: RunConfig) -> dict[str, object]:

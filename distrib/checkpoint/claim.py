@@ -103,7 +103,9 @@ class Claim:
     def complete(self, manifest: Manifest) -> None:
         """Write the manifest, make the directories durable and show the checkpoint."""
         write_bytes(self.storage, self.temp / MANIFEST, dump(manifest), durable=self.durable)
-        for folder in sorted({Path(name).parent for name in manifest.files} | {Path()}):
+        for folder in sorted(
+            {folder for name in [*manifest.files, MANIFEST] for folder in Path(name).parents}
+        ):
             self.sync_dir(self.temp / folder)
         self.commit()
 

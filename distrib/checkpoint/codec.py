@@ -11,12 +11,13 @@ import math
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
-from distrib.checkpoint.format import CODES, DTYPES
+from distrib.checkpoint.format import CODES, DTYPES, PICKLED, group_of
 from distrib.checkpoint.tensorfile import chunks
 from distrib.errors import CheckpointError
 
@@ -42,6 +43,22 @@ _KINDS = {
 }
 _DTYPE_NAMES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _NUMPY_DTYPE = re.compile(r"[<>|=][biufc]\d{1,2}")
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """A pickle that nobody has opened; `distrib.checkpoint.pickled` makes them, and is the one that may open them.
+
+    Attributes:
+        name: Of the tensor whose bytes it is: "pickled/<index>.<class>".
+        data: The pickle. Empty on the way out, where the tensor has it.
+    """
+
+    name: str
+    data: bytes = b""
+
+    def __repr__(self) -> str:
+        return f"<pickle {self.name}, {len(self.data)} bytes>"
 
 
 def encode(value: Any, path: str, spill: Spill | None = None) -> Any:
@@ -113,6 +130,8 @@ class _Encoder:
 
     def tagged(self, value: Any, path: str, depth: int) -> dict[str, Any]:
         kind = type(value)
+        if kind is Pickled:
+            return {"$": "pickle", "v": value.name}
         if kind in (torch.Tensor, torch.nn.Parameter):
             return self.tensor(value, path)
         if isinstance(value, np.generic) or kind is np.ndarray:
@@ -163,6 +182,7 @@ class _Decoder:
             "tensor": _tensor,
             "numpy": _array,
             "stored": self.stored,
+            "pickle": self.pickle,
         }
 
     def decode(self, tree: Any) -> Any:
@@ -184,6 +204,11 @@ class _Decoder:
         if self.fetch is None:
             raise ValueError(f"tensor {tree['v']!r} is said to be stored apart, where nothing is")
         return self.fetch(tree["v"])
+
+    def pickle(self, tree: dict[str, Any]) -> Pickled:
+        if group_of(tree["v"]) != PICKLED:
+            raise ValueError(f"pickle {tree['v']!r} lies outside {PICKLED}/")
+        return Pickled(tree["v"], self.stored(tree).numpy().tobytes())
 
 
 def _numpy(value: Any, path: str) -> dict[str, Any]:

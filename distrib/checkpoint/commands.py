@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from distrib.checkpoint.export import export_adapter, export_model
+from distrib.checkpoint.location import Url, locate
 from distrib.checkpoint.progress import Progress, no_progress, watched
 from distrib.checkpoint.reader import Reader, open_checkpoint
 from distrib.checkpoint.storage import Storage
@@ -21,9 +22,30 @@ from distrib.strategies.slices import module_prefix
 _MOST_SETTINGS_BYTES = 2**24
 
 
-def open_alone(path: str | Path, *, verify: bool = True) -> Reader:
+def open_alone(path: str | Path | Url, *, verify: bool = True) -> Reader:
     """Open a checkpoint for one process, whatever wrote it."""
     return open_checkpoint(path, SingleCollectives(), verify=verify)
+
+
+def local_directory(place: str | Path, what: str) -> Path:
+    """Return the absolute path of a directory to write to.
+
+    Args:
+        place: A path, or a file:// URL.
+        what: What is written there, for the message: "an export".
+
+    Raises:
+        CheckpointError: if it is the URL of an object store.
+    """
+    found = locate(place)
+    if isinstance(found, Url):
+        raise CheckpointError(
+            "D0741",
+            f"is a URL; {what} is written to a directory",
+            where=str(found),
+            fix="write it to a directory, and copy that: aws s3 cp --recursive, gcloud storage cp -r, huggingface-cli upload",
+        )
+    return found
 
 
 def export_checkpoint(
@@ -42,7 +64,7 @@ def export_checkpoint(
 
     Args:
         reader: The checkpoint.
-        out: The directory to write to.
+        out: The directory to write to; no URL.
         model: Which model, by the order in which the run prepared them.
         adapter: Name of the adapter that alone is to be written; None for the whole model.
         dtype: "bfloat16" and the like, for floating-point tensors; None leaves them.
@@ -54,17 +76,24 @@ def export_checkpoint(
     Raises:
         CheckpointError: if nothing is to be exported, the settings cannot be read, or `out` not be written.
     """
+    folder = local_directory(out, "an export")
     data = _read_settings(settings[0]) if settings else b""
     prefix = module_prefix(model)
     state = watched(stored_state(reader, prefix), progress)
     alone, as_dtype = SingleCollectives(), None if dtype is None else getattr(torch, dtype)
     if adapter is None:
         target = export_model(
-            out, state, alone, prefix=prefix, max_shard_size=max_shard_size, dtype=as_dtype, include=include
+            folder,
+            state,
+            alone,
+            prefix=prefix,
+            max_shard_size=max_shard_size,
+            dtype=as_dtype,
+            include=include,
         )
     else:
         target = export_adapter(
-            out, state, alone, prefix=prefix, adapter=adapter, dtype=as_dtype, include=include
+            folder, state, alone, prefix=prefix, adapter=adapter, dtype=as_dtype, include=include
         )
     if settings:
         _place(target, settings[1], data)

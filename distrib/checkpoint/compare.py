@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from distrib.checkpoint.describe import dtype_text
-from distrib.checkpoint.format import CUSTOM, StoredTensor, group_of
+from distrib.checkpoint.format import StoredTensor
+from distrib.checkpoint.hooks import added_files
 from distrib.checkpoint.plan import numel
 from distrib.checkpoint.progress import Progress, no_progress
 from distrib.checkpoint.reader import Reader
@@ -32,6 +33,7 @@ def differences(a: Reader, b: Reader, progress: Progress = no_progress) -> Itera
     """
     yield from _tensors(a, b, progress)
     yield from _settings(a, b)
+    yield from _files(a, b)
 
 
 def _tensors(a: Reader, b: Reader, progress: Progress) -> Iterator[str]:
@@ -60,8 +62,7 @@ def _tensors(a: Reader, b: Reader, progress: Progress) -> Iterator[str]:
 
 def _sources(reader: Reader) -> dict[str, str]:
     """Return name -> name under which it is stored, of the tensors of models and optimizers."""
-    names = {name: name for name in reader.manifest.tensors} | dict(reader.manifest.aliases)
-    return {name: target for name, target in names.items() if group_of(name) != CUSTOM}
+    return {name: name for name in reader.specs()} | dict(reader.manifest.aliases)
 
 
 def _text(tensor: StoredTensor) -> str:
@@ -99,6 +100,17 @@ def _settings(a: Reader, b: Reader) -> Iterator[str]:
                 _same(x, states[1][path]) for path, x in states[0].items()
             ):
                 yield f"random states of rank {rank} differ"
+
+
+def _files(a: Reader, b: Reader) -> Iterator[str]:
+    """Compare the files that hooks have added, by their checksums."""
+    names = sorted({*added_files(list(a.manifest.files)), *added_files(list(b.manifest.files))})
+    for name in names:
+        here, there = a.manifest.files.get(name), b.manifest.files.get(name)
+        if here is None or there is None:
+            yield f"only in {(a if here else b).path}: file {name}"
+        elif here != there:
+            yield f"file: {name} {here.size} bytes -> {there.size} bytes, with other contents"
 
 
 def _documents(reader: Reader) -> dict[str, Any]:

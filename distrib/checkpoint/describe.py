@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from distrib.checkpoint.format import CODES, Manifest, StoredSlice, StoredTensor, total_bytes
+from distrib.checkpoint.format import (
+    CODES,
+    PICKLED,
+    Manifest,
+    StoredSlice,
+    StoredTensor,
+    group_of,
+    total_bytes,
+)
 from distrib.checkpoint.plan import describe, numel
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -75,13 +83,30 @@ def lines_of(manifest: Manifest, path: str) -> list[str]:
         *(["config:", *_pairs(config)] if config else []),
         "",
         *tensor_table(manifest.tensors, manifest.aliases),
+        *_pickle_lines(manifest),
     ]
+
+
+def _pickle_lines(manifest: Manifest) -> list[str]:
+    """Mark the registered objects that are pickles. They are counted, and never opened."""
+    rows = [
+        f"  {name.partition('/')[2]}  {size_text(nbytes(manifest.tensors[name]))}"
+        for name in manifest.pickles()
+    ]
+    head = "pickles of registered objects, which run whatever code they name; only load_state(allow_pickle=True) opens them:"
+    return ["", head, *rows] if rows else []
 
 
 def tensor_table(tensors: Mapping[str, StoredTensor], aliases: Mapping[str, str]) -> list[str]:
     """Return the tensors in the order of their names, and a last line with the sum; tied names say so."""
     rows = [
-        (name, str(list(x.spec.shape)), dtype_text(x), size_text(nbytes(x)), str(len(x.slices)))
+        (
+            name,
+            str(list(x.spec.shape)),
+            dtype_text(x) if group_of(name) != PICKLED else "pickle",
+            size_text(nbytes(x)),
+            str(len(x.slices)),
+        )
         for name, x in tensors.items()
     ]
     rows += [(name, f"= {target}", "", "", "") for name, target in aliases.items()]
@@ -102,6 +127,7 @@ def json_of(manifest: Manifest, path: str) -> dict[str, Any]:
         "info": dict(manifest.info),
         "files": {name: record.size for name, record in manifest.files.items()},
         "aliases": dict(manifest.aliases),
+        "pickles": manifest.pickles(),
         "tensors": {
             name: {
                 "shape": list(x.spec.shape),

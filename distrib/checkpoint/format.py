@@ -3,7 +3,8 @@
     {"format": "distrib-checkpoint", "version": 1, "xxh3": <of the body>, "body": {...}}
 
 It is written last and is the only thing that a reader trusts: names, offsets and sizes are checked against each
-other and against the files before any of them is used. Tensors lie in safetensors files, all else in JSON.
+other and against the files before any of them is used. Tensors lie in safetensors files, all else in JSON, but for the
+files that hooks have added.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ VERSION = 1
 MAGIC = b'{"format":"distrib-checkpoint",'
 MAX_JSON_BYTES = 64 * 2**20  # a larger document is refused before it is parsed
 CUSTOM = "custom"  # group of the tensors that belong to documents, not to models or optimizers
+PICKLED = "pickled"  # group of the pickles, each the bytes of one tensor: nothing else of a checkpoint is one
 
 DTYPES: Mapping[str, torch.dtype] = {  # the codes of the safetensors format
     "F64": torch.float64,
@@ -48,12 +50,13 @@ DTYPES: Mapping[str, torch.dtype] = {  # the codes of the safetensors format
 CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 ITEMSIZE: Mapping[str, int] = {code: dtype.itemsize for code, dtype in DTYPES.items()}
 
-_SAFE_NAME = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
-_SAFE_GROUP = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+_PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}"
+_SAFE_NAME = re.compile(rf"(?:{_PART}/){{0,8}}{_PART}")
+_SAFE_GROUP = re.compile(_PART)
 _MAX_DIMS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileRecord:
     """One file: its size, and the XXH3-64 of its first `hashed` bytes; slices with checksums of their own follow."""
 
@@ -62,7 +65,7 @@ class FileRecord:
     xxh3: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredSlice:
     """Where the bytes of a slice lie: row-major from byte `offset` of `file` on."""
 
@@ -72,7 +75,7 @@ class StoredSlice:
     xxh3: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A logical tensor and the slices that are together all of it."""
 
@@ -107,12 +110,21 @@ class Manifest:
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return name -> spec of the tensors of models and optimizers."""
-        return {name: x.spec for name, x in self.tensors.items() if group_of(name) != CUSTOM}
+        return {name: x.spec for name, x in self.tensors.items() if group_of(name) not in (CUSTOM, PICKLED)}
+
+    def pickles(self) -> list[str]:
+        """Return the names of the pickled objects: "pickled/<index>.<class>"."""
+        return sorted(name for name in self.tensors if group_of(name) == PICKLED)
 
 
 def group_of(name: str) -> str:
     """Return the folder of a logical tensor: "model" of "model/layers.0.weight"."""
     return name.partition("/")[0]
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether `name` can be that of a file of a checkpoint: a path that leads nowhere else on any system."""
+    return _SAFE_NAME.fullmatch(name) is not None
 
 
 def stored_key(name: str, shape: Shape, where: Where) -> str:
@@ -296,7 +308,7 @@ class _Parser:
         return name
 
     def file_name(self, name: str) -> str:
-        if not _SAFE_NAME.fullmatch(name):
+        if not is_safe_name(name):
             self.refuse(f"file name {name!r} is not 'name' or 'folder/name' within the checkpoint")
         return name
 
@@ -399,7 +411,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Extent:
     """The bytes [start, stop) of `file` that are a slice of tensor `name`, or the file's own head (name None)."""
 

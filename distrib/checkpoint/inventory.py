@@ -6,15 +6,18 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from distrib.checkpoint.claim import is_checkpoint
 from distrib.checkpoint.describe import size_text, table
 from distrib.checkpoint.format import Manifest, total_bytes
+from distrib.checkpoint.location import Location, Url, locate
 from distrib.checkpoint.reader import incompleteness, inspect
 from distrib.checkpoint.storage import entries
 from distrib.errors import CheckpointError
 
 _STEP = re.compile(r"step-(\d+)")
+_UNKNOWN: Final = "?"  # sorts behind every time
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,13 @@ class Found:
     """One checkpoint, or what stands where one should.
 
     Attributes:
-        path: Its directory.
-        saved_at: UTC, as "2026-01-31T12:00:00Z"; the directory's own time where no manifest says it.
+        path: Its directory or URL.
+        saved_at: UTC, as "2026-01-31T12:00:00Z"; where no manifest says it the directory's own time, "?" at a URL.
         manifest: None where it cannot be read.
         problem: Why it cannot be loaded, as far as the manifest and the files' sizes tell; None if it can.
     """
 
-    path: Path
+    path: Location
     saved_at: str
     manifest: Manifest | None
     problem: str | None
@@ -43,29 +46,49 @@ class Found:
         return int(named[1]) if named else None
 
 
-def inventory(directory: str | Path) -> list[Found]:
+def inventory(place: str | Path | Url) -> list[Found]:
     """Return the checkpoints of a folder, newest last; the folder itself, if it is one. Nothing is changed.
 
-    A directory counts if it has a manifest of ours or is named `step-<number>`.
+    What lies in it counts if it has a manifest of ours or is a folder named `step-<number>`.
+
+    Args:
+        place: A directory, or the URL of one.
 
     Raises:
-        CheckpointError: if the folder cannot be read.
+        CheckpointError: if it is not there or cannot be read.
     """
-    parent = Path(directory).absolute()
+    parent = locate(place)
     if is_checkpoint(parent):
         return [_look(parent)]
-    try:
-        names = list(entries(parent)) if parent.is_dir() else None
-    except OSError as error:
-        raise _unreadable(parent, f"cannot be read: {error.strerror}") from error
-    if names is None:
-        raise _unreadable(parent, "is not a directory" if parent.exists() else "does not exist")
     found = [
         _look(parent / name)
-        for name in names
-        if is_checkpoint(parent / name) or (_STEP.fullmatch(name) and (parent / name).is_dir())
+        for name in names_in(parent)
+        if _is_folder(parent / name) and (_STEP.fullmatch(name) or is_checkpoint(parent / name))
     ]
     return sorted(found, key=lambda x: (x.saved_at, x.step or 0, x.path.name))
+
+
+def names_in(place: Location) -> list[str]:
+    """Return the names in a directory or directly below a URL, sorted.
+
+    Raises:
+        CheckpointError: if there is no such place, or it cannot be read. A store does not tell an empty folder from none.
+    """
+    try:
+        names = list(entries(place))
+    except NotADirectoryError as error:
+        raise _unreadable(place, "is not a directory") from error
+    except OSError as error:
+        raise _unreadable(place, f"cannot be read: {error.strerror}") from error
+    if not names and isinstance(place, Url):
+        raise _unreadable(place, "has nothing below it")
+    if not names and isinstance(place, Path) and not place.exists():
+        raise _unreadable(place, "does not exist")
+    return names
+
+
+def _is_folder(place: Location) -> bool:
+    return place.is_dir() if isinstance(place, Path) else any(True for _ in entries(place))
 
 
 def inventory_lines(found: list[Found]) -> list[str]:
@@ -74,7 +97,7 @@ def inventory_lines(found: list[Found]) -> list[str]:
     return table(head, map(_row, found), right=(1, 2, 4))
 
 
-def _look(path: Path) -> Found:
+def _look(path: Location) -> Found:
     problem = incompleteness(path)
     try:
         manifest = inspect(path)
@@ -82,27 +105,33 @@ def _look(path: Path) -> Found:
         manifest = None
     saved_at = manifest.info.get("saved_at") if manifest else None
     if not isinstance(saved_at, str):
-        saved_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(path.stat().st_mtime))
+        saved_at = _time_of(path)
     return Found(path, saved_at, manifest, _brief(problem, path) if problem else None)
 
 
-def _brief(problem: CheckpointError, path: Path) -> str:
+def _time_of(path: Location) -> str:
+    if isinstance(path, Url):
+        return _UNKNOWN
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(path.stat().st_mtime))
+
+
+def _brief(problem: CheckpointError, path: Location) -> str:
     """Return "model/rank-00000.safetensors is missing", and without the name what is said of the checkpoint itself."""
-    file = Path(problem.where or path)
-    return problem.problem if file == path else f"{file.relative_to(path)} {problem.problem}"
+    file = (problem.where or "").removeprefix(f"{path}/")
+    return problem.problem if file in ("", str(path)) else f"{file} {problem.problem}"
 
 
 def _row(found: Found) -> tuple[str, ...]:
-    step = "?" if found.step is None else str(found.step)
+    step = _UNKNOWN if found.step is None else str(found.step)
     state = found.problem or "complete"
     if found.manifest is None:
-        return (found.path.name, step, "?", found.saved_at, "?", "?", state)
-    strategy = str(found.manifest.info.get("strategy", "?"))
+        return (found.path.name, step, _UNKNOWN, found.saved_at, _UNKNOWN, _UNKNOWN, state)
+    strategy = str(found.manifest.info.get("strategy", _UNKNOWN))
     size = size_text(total_bytes(found.manifest))
     return (found.path.name, step, size, found.saved_at, str(found.manifest.world_size), strategy, state)
 
 
-def _unreadable(path: Path, problem: str) -> CheckpointError:
+def _unreadable(path: Location, problem: str) -> CheckpointError:
     return CheckpointError(
         "D0701",
         problem,

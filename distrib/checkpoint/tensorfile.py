@@ -125,8 +125,8 @@ def write_bytes(storage: Storage, path: Path, data: bytes, *, durable: bool) -> 
     return record_of(data)
 
 
-def record_of(data: bytes) -> FileRecord:
-    """Return the record of a small file, which is checksummed whole."""
+def record_of(data: bytes | memoryview) -> FileRecord:
+    """Return the record of a file that holds no tensors of ours, which is checksummed whole."""
     return FileRecord(len(data), len(data), checksum(data))
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ CUSTOM_OBJECTS = f"{CUSTOM}/objects.json"
 _RESERVED = ("rng", CUSTOM)
 _VISIBLE_S = 65.0  # nfs(5), acdirmax: a client may remember for 60 s that a directory is not there
 _LOOK_S = 0.25  # between two looks
+_BLOCK = 64 * 2**20  # bytes of a further file written at a time
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Contents:
         counters: Numbers such as step and epoch.
         config: The run's configuration, JSON-like.
         info: Strategy and the like, for people.
+        files: Further files, by their names in the checkpoint: those that this rank writes.
+        file_sizes: Bytes of all ranks' further files, the same on every rank.
     """
 
     state: ShardedState
@@ -83,6 +86,8 @@ class Contents:
     counters: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, bytes | memoryview] = field(default_factory=dict)
+    file_sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class _Shelf:
     """What a rank has ready to write; `extras` are rank 0's values for the manifest."""
 
     slices: Mapping[tuple[str, Where], Slice]
-    documents: Mapping[str, bytes]
+    documents: Mapping[str, bytes | memoryview]
     announcement: _Announcement
     extras: Mapping[str, Mapping[str, Any]]
 
@@ -167,7 +172,7 @@ def begin(
 
     def take() -> Location:
         places.append(take_place(target, files, durable=durable))
-        _make_room(places[0], agreed.plan)
+        _make_room(places[0], agreed.plan, contents.file_sizes)
         return places[0].temp
 
     try:
@@ -244,7 +249,10 @@ def _prepare(contents: Contents, rank: int) -> _Shelf:
         for s in parts
     }
     _check_names(name for name, _ in slices)
-    documents = {f"rng/rank-{rank:05d}.json": _json(encode(contents.rng, "rng"))}
+    documents: dict[str, bytes | memoryview] = {
+        f"rng/rank-{rank:05d}.json": _json(encode(contents.rng, "rng"))
+    }
+    documents |= contents.files
     extras: dict[str, Mapping[str, Any]] = {}
     if rank == 0:
         documents |= _common_documents(contents, slices)
@@ -349,10 +357,12 @@ def _merge(values: Sequence[dict[str, Any]], path: str) -> dict[str, Any]:
     return merged
 
 
-def _make_room(place: Place, plan: WritePlan) -> None:
+def _make_room(place: Place, plan: WritePlan, files: Mapping[str, int]) -> None:
     items = [item for owned in plan.owned for item in owned]
     data = sum(size_of(item.where) * ITEMSIZE[item.dtype] for item in items)
-    place.make_room(sorted({group_of(item.name) for item in items} | set(_RESERVED)), data)
+    folders = {group_of(item.name) for item in items} | set(_RESERVED)
+    folders |= {str(folder) for name in files for folder in PurePosixPath(name).parents} - {"."}
+    place.make_room(sorted(folders), data + sum(files.values()))
 
 
 class _ShareWriter:
@@ -367,7 +377,7 @@ class _ShareWriter:
         self,
         owned: Sequence[Held],
         slices: Mapping[tuple[str, Where], Slice],
-        documents: Mapping[str, bytes],
+        documents: Mapping[str, bytes | memoryview],
     ) -> _Receipt:
         """Write one safetensors file per group of tensors, and the documents."""
         draft = self.draft()
@@ -376,7 +386,8 @@ class _ShareWriter:
             self._write_group(draft, group, [item for item in owned if group_of(item.name) == group], slices)
         for name, data in documents.items():
             with draft.writing(name, len(data)) as write:
-                write(data)
+                for start in range(0, len(data), _BLOCK):
+                    write(memoryview(data)[start : start + _BLOCK])
             self.files[name] = record_of(data)
         return _Receipt(self.files, self.stored)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import xxhash
@@ -15,8 +15,8 @@ from distrib.collectives.trees import structure
 from distrib.errors import StrategyError
 
 
-def check_in_sync(models: Sequence[nn.Module], collectives: Collectives) -> None:
-    """Compare every parameter and buffer of plain modules over the ranks, bit by bit. Collective.
+def check_in_sync(models: Sequence[Mapping[str, torch.Tensor]], collectives: Collectives) -> None:
+    """Compare the named tensors of some models over the ranks, bit by bit. Collective.
 
     One exchange of 16 bytes for each tensor; every rank reads all its tensors once.
 
@@ -40,13 +40,27 @@ def check_in_sync(models: Sequence[nn.Module], collectives: Collectives) -> None
         raise _difference(wrong, tensors, rows)
 
 
-def _named_tensors(models: Sequence[nn.Module]) -> list[tuple[str, torch.Tensor]]:
-    found: list[tuple[str, torch.Tensor]] = []
-    for i, model in enumerate(models):
-        prefix = f"model {i}: " if len(models) > 1 else ""
-        for name, x in [*model.named_parameters(), *model.named_buffers()]:
-            found.append((prefix + name.replace("_orig_mod.", ""), x))
-    return found
+def take_over(module: nn.Module, collectives: Collectives) -> None:
+    """Give every rank rank 0's parameters and buffers; what is the same already does not travel. Collective.
+
+    Raises:
+        CollectiveError: if the ranks do not have the same tensors.
+    """
+    found = [x for x in (*module.parameters(), *module.buffers()) if not x.is_meta]
+    mine = torch.tensor([[_digest_of(x) for x in found]], dtype=torch.int64, device="cpu")
+    everyone = collectives.gather({"take over the model": mine})["take over the model"]
+    differing = (everyone != everyone[:1]).any(0).tolist()
+    with torch.no_grad():
+        for x in (x for x, differs in zip(found, differing, strict=True) if differs):
+            x.copy_(collectives.broadcast(x.detach()))
+
+
+def _named_tensors(models: Sequence[Mapping[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+    return [
+        (f"model {i}: {name}" if len(models) > 1 else name, x)
+        for i, model in enumerate(models)
+        for name, x in model.items()
+    ]
 
 
 def _difference(

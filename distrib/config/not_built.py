@@ -9,8 +9,8 @@ from typing import Final
 
 # Keys, or whole sections, of which no value can be set.
 KEYS: Final = frozenset({
-    "mesh.shard", "mesh.tensor", "mesh.context", "mesh.pipeline", "mesh.expert",
-    "fsdp", "deepspeed", "xla", "compile", "activation_checkpointing",
+    "mesh.tensor", "mesh.context", "mesh.pipeline", "mesh.expert",
+    "deepspeed", "xla", "compile", "activation_checkpointing",
     "checkpoint.on_signal",
     "watch.heartbeat_s", "watch.silence_s", "watch.report_s", "watch.verify_collectives", "watch.nonfinite",
     "launch.preempt_grace_s",
@@ -39,7 +39,7 @@ class AllBut(tuple[object, ...]):
 
 # Keys of which only these values can be set; a row goes when all that the schema allows is built.
 BUILT_VALUES: Final[dict[str, tuple[object, ...]]] = {
-    "strategy": ("auto", "single", "ddp"),
+    "strategy": ("auto", "single", "ddp", "fsdp"),
     "device": ("auto", "cpu", "cuda", "mps", "xpu"),
     "mixed_precision": AllBut("no", "fp16", "bf16", planned=("fp8",)),
     "tracking.log_with": AllBut("jsonl", "tensorboard", planned=("wandb", "mlflow")),

@@ -92,6 +92,12 @@ ModuleNames = Annotated[
     BeforeValidator(lambda value: tuple(value.split(",")) if isinstance(value, str) else value),
     Expected("the name of a module, or a list of such"),
 ]
+ClassNames = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^[^\W\d]\w*$")], ...],
+    Field(strict=False, min_length=1),
+    BeforeValidator(lambda value: tuple(value.split(",")) if isinstance(value, str) else value),
+    Expected("the name of a class of modules, or a list of such"),
+]
 RankNumbers = Annotated[
     tuple[Annotated[int, Field(ge=0, le=MAX_COUNT)], ...],
     Field(strict=False, min_length=1),
@@ -140,8 +146,9 @@ class FsdpSection(Section):
     """Options of the strategy of that name."""
 
     reshard_after_forward: bool = True
+    reduce_each_micro_step: bool = False
     cpu_offload: bool = False
-    wrap: str = "auto"
+    wrap: Literal["auto"] | ClassNames = "auto"
 
 
 class DeepspeedSection(Section):

@@ -11,7 +11,11 @@ __all__ = ["STRATEGIES", "Capabilities", "StepResult", "Strategy", "choose_strat
 STRATEGIES: Registry[type[Strategy]] = Registry(
     "strategy",
     "distrib.strategies",
-    {"single": "distrib.strategies.single:Single", "ddp": "distrib.strategies.ddp:DDP"},
+    {
+        "single": "distrib.strategies.single:Single",
+        "ddp": "distrib.strategies.ddp:DDP",
+        "fsdp": "distrib.strategies.fsdp:FSDP",
+    },
 )
 
 

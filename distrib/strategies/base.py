@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distrib.state import Runtime, ShardedState, TensorSpec, TrainState
+from distrib.strategies import slices
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Capabilities:
         accumulates_itself: Whether it counts micro-steps on its own.
         scales_loss_itself: Whether it owns the fp16 loss scale.
         max_world_size: Largest number of ranks it runs on; None for any number.
+        axes: Axes of the mesh that it lays ranks out along; the last one takes the ranks for which no size is set.
     """
 
     devices: tuple[str, ...]
@@ -33,6 +35,7 @@ class Capabilities:
     accumulates_itself: bool = False
     scales_loss_itself: bool = False
     max_world_size: int | None = None
+    axes: tuple[str, ...] = ("replicate",)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,25 @@ class Strategy(ABC):
         (param groups, other state) and refreshes what depends on the filled tensors. Without `strict`, parameter groups
         that hold other parameters than the stored ones keep their options.
         """
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return the parameters of a prepared model as optimizers know them."""
+        return list(model.parameters())
+
+    def parameter_names(self, models: Sequence[nn.Module]) -> dict[int, str]:
+        """Return the name in the plain module of each parameter that optimizers know, by its id."""
+        return slices.parameter_names([self.unwrap(model) for model in models])
+
+    def replicated(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the parameters and buffers that should be the same on all ranks, by their names in the plain module."""
+        plain = self.unwrap(model)
+        named = [*plain.named_parameters(), *plain.named_buffers()]
+        return {slices.plain_name(name): value for name, value in named}
+
+    def whole_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """Return the plain model's state dict with whole tensors, on every rank. Collective."""
+        with self.gathered(model) as plain:
+            return plain.state_dict()
 
     @abstractmethod
     def gathered(self, model: nn.Module) -> AbstractContextManager[nn.Module]:

@@ -6,6 +6,10 @@ checkpoints need not know.
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distrib.errors import StrategyError
+from distrib.strategies.slices import listed
 
 
 class _OverAllRanks(_BatchNorm):
@@ -121,6 +126,15 @@ def of_each_rank(model: nn.Module) -> list[str]:
     ]
 
 
+def warn_of_each_rank(names: Sequence[str]) -> None:
+    """Warn, at the user's call, that statistics of a rank's own batches make the run depend on the number of ranks."""
+    warnings.warn(
+        f"BatchNorm sees only the rank's own micro-batch ({listed(names)}), so the run depends on the number of ranks; "
+        "sync_batchnorm: true takes its statistics over all ranks",
+        stacklevel=_level_of_caller(),
+    )
+
+
 def is_synchronized(model: nn.Module) -> bool:
     """Whether any batch normalization of `model` talks to other ranks."""
     return any(_is_synchronized(module) for module in model.modules())
@@ -147,3 +161,11 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(_: Any, *gradients: Tensor) -> Tensor:
         return _sum_over_ranks(gradients[0])
+
+
+def _level_of_caller() -> int:
+    """Return the stack level, for the function that calls this one, of the first frame outside this package."""
+    level, frame, package = 1, sys._getframe(1), str(Path(__file__).parents[1])
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        level, frame = level + 1, frame.f_back
+    return level

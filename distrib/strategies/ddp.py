@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import torch
@@ -37,7 +34,6 @@ _SPENT: Final = "spent"  # true, as DDP wants it; see DDP.backward
 _POWERSGD: Final = "ddp_powersgd"  # name in a checkpoint
 _UNFINISHED = re.compile(r"Parameters which did not receive grad for rank \d+: (.*)")
 _TWICE = re.compile(r"Parameter at index \d+ with name (\S+) has been marked as ready twice")
-_MOST_NAMES = 8
 _STEPPED = StepResult(stepped=True)
 
 
@@ -218,28 +214,21 @@ class DDP(Single):
     def _see_to_batchnorm(self, model: nn.Module) -> None:
         if self._sync_batchnorm:
             batchnorm.synchronize_batchnorm(model, on_host=self.runtime.device.type == "cpu")
-        elif names := batchnorm.of_each_rank(model):
-            self._warn_about_batchnorm(names)
-
-    def _warn_about_batchnorm(self, names: Sequence[str]) -> None:
-        if self.runtime.topology.is_main and not self._has_warned:
+        elif (names := batchnorm.of_each_rank(model)) and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
-                f"BatchNorm sees only the rank's own micro-batch ({_listed(names)}), so the run depends on the number "
-                "of ranks; sync_batchnorm: true takes its statistics over all ranks",
-                stacklevel=_level_of_caller(),
-            )
+            if self.runtime.topology.is_main:
+                batchnorm.warn_of_each_rank(names)
 
     def _compress(self, model: DistributedDataParallel) -> None:
         if self._hook == "powersgd" and (sparse := ddp_hooks.sparse_modules(model.module)):
             raise StrategyError(
                 "D0809",
-                f"ddp.comm_hook powersgd cannot compress the sparse gradients of {_listed(sparse)}",
+                f"ddp.comm_hook powersgd cannot compress the sparse gradients of {slices.listed(sparse)}",
                 fix="make these embeddings with sparse=False, or take fp16 or bf16, which leave them as they are",
             )
         if (names := ddp_hooks.left_alone(model.module, self._hook)) and self._hook != "fp32":
             self._say_once(
-                f"ddp.comm_hook {self._hook}: only dense float32 gradients are compressed, not those of {_listed(names)}"
+                f"ddp.comm_hook {self._hook}: only dense float32 gradients are compressed, not those of {slices.listed(names)}"
             )
         state = ddp_hooks.register_hook(model, self._hook)
         if state is not None:
@@ -264,7 +253,7 @@ class DDP(Single):
 
     def _not_averaged(self, model: DistributedDataParallel, said: str) -> StrategyError:
         found = _UNFINISHED.search(said)
-        names = _listed(found[1].split(", ")) if found else "some parameters"
+        names = slices.listed(found[1].split(", ")) if found else "some parameters"
         return StrategyError(
             "D0806",
             f"the last backward gave no gradient to {names} on this rank, so the ranks could not average",
@@ -371,7 +360,7 @@ class FirstStep:
         unused = [self._names[i] for i, number in enumerate(numbers) if not number]
         partly = [self._names[i] for i, number in enumerate(numbers) if 0 < number < most]
         parts = [
-            f"{what} {_listed(names)}"
+            f"{what} {slices.listed(names)}"
             for what, names in (("no rank used", unused), ("only some ranks used", partly))
             if names
         ]
@@ -402,7 +391,7 @@ def _reached_twice(said: str) -> StrategyError:
     found = _TWICE.search(said)
     return StrategyError(
         "D0811",
-        f"the gradient of {_listed([found[1]]) if found else 'a parameter'} came when it had been averaged already: "
+        f"the gradient of {slices.listed([found[1]]) if found else 'a parameter'} came when it had been averaged already: "
         "either a reentrant activation checkpoint computes it in parts, or several forwards that use different "
         "parameters came before one backward",
         fix="call backward after each forward; for checkpoints set ddp.static_graph: true or use_reentrant=False",
@@ -470,18 +459,3 @@ def _names_in_errors() -> Iterator[None]:
         yield
     finally:
         set_debug_level(level)
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Join names of parameters or modules as a plain module has them; many are cut short."""
-    plain = [slices.plain_name(name).lstrip(".") for name in names]
-    more = len(plain) - _MOST_NAMES
-    return ", ".join(plain[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
-
-
-def _level_of_caller() -> int:
-    """Return the stack level, for the function that calls this one, of the first frame outside this package."""
-    level, frame, package = 1, sys._getframe(1), str(Path(__file__).parents[1])
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
-        level, frame = level + 1, frame.f_back
-    return level

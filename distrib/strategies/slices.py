@@ -1,4 +1,8 @@
-"""State of modules and optimizers as named slices, for strategies whose ranks hold whole tensors."""
+"""State of modules and optimizers as named slices.
+
+What lies on a rank is the strategy's to say: by `SliceOf` for a tensor that is there, by `EmptyFor` for one that a
+checkpoint is going to bring.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,14 @@ from torch.optim import Optimizer
 from distrib.errors import CheckpointError
 from distrib.state import ShardedState, Slice, TensorSpec, TrainState, whole
 
+WITHOUT_VALUES = "_distrib_without_values"  # attribute of a model whose forward is refused until it is loaded
+_MOST_NAMES = 8
+
 Names = Mapping[int, str]  # id of a parameter -> its name
+SliceOf = Callable[[str, Tensor], Slice]  # logical name, tensor -> the part of it on this rank
+EmptyFor = Callable[
+    [TensorSpec, nn.Parameter], Tensor
+]  # optimizer state of a parameter's shape, uninitialised
 
 
 def module_prefix(index: int) -> str:
@@ -32,7 +43,14 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def module_slices(module: nn.Module, prefix: str) -> ShardedState:
+def listed(names: Sequence[str]) -> str:
+    """Join names of parameters or modules as the plain module has them; many are cut short."""
+    plain = [plain_name(name).lstrip(".") for name in names]
+    more = len(plain) - _MOST_NAMES
+    return ", ".join(plain[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def module_slices(module: nn.Module, prefix: str, slice_of: SliceOf = whole) -> ShardedState:
     """Describe the parameters and persistent buffers of a plain module; tied ones are stored once.
 
     What `state_dict` makes afresh (extra state, the work of hooks) is handed back by `load_state_dict`.
@@ -47,13 +65,12 @@ def module_slices(module: nn.Module, prefix: str) -> ShardedState:
         if not isinstance(value, Tensor):
             objects[name] = value
         elif id(value) not in live:
-            slice_ = whole(name, value.detach())
-            tensors[name] = (replace(slice_, commit=_loader_of(module, key)),)
+            tensors[name] = (replace(slice_of(name, value.detach()), commit=_loader_of(module, key)),)
         elif id(value) in first:
             aliases[name] = first[id(value)]
         else:
             first[id(value)] = name
-            tensors[name] = (whole(name, value.detach()),)
+            tensors[name] = (slice_of(name, value.detach()),)
     return ShardedState(tensors, objects, aliases)
 
 
@@ -75,7 +92,9 @@ def parameter_names(models: Sequence[nn.Module]) -> dict[int, str]:
     return names
 
 
-def optimizer_slices(optimizer: Optimizer, names: Names, prefix: str) -> ShardedState:
+def optimizer_slices(
+    optimizer: Optimizer, names: Names, prefix: str, slice_of: SliceOf = whole
+) -> ShardedState:
     """Describe an optimizer: state tensors as slices, param groups and other state by parameter names."""
     tensors: dict[str, tuple[Slice, ...]] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -83,7 +102,7 @@ def optimizer_slices(optimizer: Optimizer, names: Names, prefix: str) -> Sharded
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 full = f"{prefix}{key}.{name}"
-                tensors[full] = (whole(full, value),)
+                tensors[full] = (slice_of(full, value),)
             else:
                 scalars.setdefault(name, {})[key] = value
     groups = [
@@ -122,7 +141,7 @@ def joined(parts: Sequence[ShardedState]) -> ShardedState:
 
 
 @contextmanager
-def loading_whole(
+def loading_in_place(
     state: TrainState,
     models: Sequence[nn.Module],
     describe: Callable[[], ShardedState],
@@ -131,6 +150,7 @@ def loading_whole(
     objects: Mapping[str, Any],
     *,
     strict: bool,
+    empty_for: EmptyFor | None = None,
 ) -> Iterator[ShardedState]:
     """Yield slices to fill, with the optimizer state that `stored` has; on leaving, restore what are no tensors.
 
@@ -141,10 +161,11 @@ def loading_whole(
     before = [dict(optimizer.state) for optimizer in state.optimizers]
     try:
         for index, optimizer in enumerate(state.optimizers):
-            _allocate(optimizer, names, stored, optimizer_prefix(index))
+            _allocate(optimizer, names, stored, optimizer_prefix(index), empty_for or _empty_like)
         yield describe()
         for index, model in enumerate(models):
             _restore_extra_state(model, module_prefix(index), objects)
+            _has_values(model)
         for index, optimizer in enumerate(state.optimizers):
             _restore_objects(optimizer, names, objects, optimizer_prefix(index).rstrip("/"))
     except BaseException:
@@ -154,7 +175,20 @@ def loading_whole(
         raise
 
 
-def _allocate(optimizer: Optimizer, names: Names, stored: Mapping[str, TensorSpec], prefix: str) -> None:
+def _has_values(model: nn.Module) -> None:
+    """Let the forward of a model that was built without memory pass from now on."""
+    handle = vars(model).pop(WITHOUT_VALUES, None)
+    if handle is not None:
+        handle.remove()
+
+
+def _allocate(
+    optimizer: Optimizer,
+    names: Names,
+    stored: Mapping[str, TensorSpec],
+    prefix: str,
+    empty_for: EmptyFor,
+) -> None:
     """Give each parameter exactly the state tensors that the checkpoint has for it, with any values.
 
     Tensors that are there already and fit are filled in place: fresh memory costs several times the reading.
@@ -171,7 +205,7 @@ def _allocate(optimizer: Optimizer, names: Names, stored: Mapping[str, TensorSpe
             here = optimizer.state.get(parameter, {})
             wanted_here = {key: stored[f"{prefix}{key}.{name}"] for key in keys.get(name, ())}
             fitting = {
-                key: here[key] if _fits(here.get(key), spec) else _empty(spec, parameter, group)
+                key: here[key] if _fits(here.get(key), spec) else _empty(spec, parameter, group, empty_for)
                 for key, spec in wanted_here.items()
             }
             if fitting:
@@ -189,10 +223,18 @@ def _fits(value: object, spec: TensorSpec) -> bool:
     )
 
 
-def _empty(spec: TensorSpec, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
+def _empty(
+    spec: TensorSpec, parameter: nn.Parameter, group: Mapping[str, Any], empty_for: EmptyFor
+) -> Tensor:
+    if tuple(spec.shape) == tuple(parameter.shape) and spec.shape:
+        return empty_for(spec, parameter)
     # As Optimizer.load_state_dict has it: a step counter stays on the CPU unless the step itself runs on the device.
     on_device = spec.shape or group.get("capturable") or group.get("fused")
     return torch.empty(spec.shape, dtype=spec.dtype, device=parameter.device if on_device else "cpu")
+
+
+def _empty_like(spec: TensorSpec, parameter: nn.Parameter) -> Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device=parameter.device)
 
 
 def _restore_extra_state(model: nn.Module, prefix: str, objects: Mapping[str, Any]) -> None:

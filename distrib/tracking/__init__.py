@@ -7,11 +7,22 @@ entry points "distrib.trackers".
 from __future__ import annotations
 
 from distrib.registry import Registry
-from distrib.tracking.base import Tracker
+from distrib.tracking.base import Earlier, Tracker
 from distrib.tracking.session import Session, split_names
 from distrib.tracking.values import Max, Mean, Min, Sum, reduce_values
 
-__all__ = ["TRACKERS", "Max", "Mean", "Min", "Session", "Sum", "Tracker", "reduce_values", "split_names"]
+__all__ = [
+    "TRACKERS",
+    "Earlier",
+    "Max",
+    "Mean",
+    "Min",
+    "Session",
+    "Sum",
+    "Tracker",
+    "reduce_values",
+    "split_names",
+]
 
 TRACKERS: Registry[type[Tracker]] = Registry(
     "tracker",

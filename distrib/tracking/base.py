@@ -7,9 +7,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from distrib.errors import StrategyError
+
+
+class Earlier(NamedTuple):
+    """A run of a tracker that a checkpoint was saved in.
+
+    Attributes:
+        run: The tracker's own name for it: its `run_id` then.
+        step: The largest step that had been logged; None if none was. What was logged after it, by a process that has
+            died since, is going to be logged again.
+    """
+
+    run: str
+    step: int | None
 
 
 class Tracker(ABC):
@@ -19,15 +32,20 @@ class Tracker(ABC):
 
     Attributes:
         name: Under which it is registered, and asked for with `get_tracker`. A subclass sets it.
+        run_id: What `start` goes on with this run by, in a later process; checkpoints store it. `start` sets it. None
+            if the tracker cannot go on with a run.
+        earlier: The run that `start` has to go on with, set before it is called; None to begin a new one.
     """
 
     name: str
+    run_id: str | None = None
+    earlier: Earlier | None = None
 
     @abstractmethod
     def start(
         self, project: str, folder: Path, config: Mapping[str, Any] | None, options: Mapping[str, Any]
     ) -> None:
-        """Begin, or go on with, the run's record. Called once, before all else.
+        """Begin the run's record, or go on with that of `earlier`; set `run_id`. Called once, before all else.
 
         Args:
             project: Name of the project or run.

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,8 @@ _NO_FILE_NAME = re.compile(r"[^\w.-]+")
 class JsonlTracker(Tracker):
     """Appends to `<project>.jsonl`: {"time": seconds since 1970, "step": 3, "values": {"loss": 0.5}}.
 
-    A line with "project" and "config" begins each start. Numbers that JSON has not are the texts "nan", "inf" and
+    A line with "project", "run" and "config" begins each start; one that goes on with a run has its "run" again, and
+    "resumed_after", the largest step that the checkpoint's lines have. Numbers that JSON has not are the texts "nan", "inf" and
     "-inf", which `float` reads. Each line is one write, so a process that is killed leaves whole lines; what a machine
     that failed has left of a line is taken away at the next start.
     """
@@ -38,7 +40,17 @@ class JsonlTracker(Tracker):
         self.path = folder / (_NO_FILE_NAME.sub("_", project) + ".jsonl")
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         _drop_torn_line(self._file)
-        self._write({"time": time.time(), "project": project, "config": dict(config or {})})
+        self.run_id = self.earlier.run if self.earlier else secrets.token_hex(6)
+        resumed = {"resumed_after": self.earlier.step} if self.earlier else {}
+        self._write(
+            {
+                "time": time.time(),
+                "project": project,
+                "run": self.run_id,
+                **resumed,
+                "config": dict(config or {}),
+            }
+        )
 
     def log(self, values: Mapping[str, float], step: int | None = None) -> None:
         shown = {name: _json_number(value) for name, value in values.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,10 +13,13 @@ from distrib.collectives.base import Collectives
 from distrib.errors import DistribError, StrategyError, did_you_mean
 from distrib.logging import notice
 from distrib.registry import Registry
-from distrib.tracking.base import SilentTracker, Tracker
+from distrib.tracking.base import Earlier, SilentTracker, Tracker
 from distrib.tracking.values import reduce_values
 
 T = TypeVar("T")
+
+
+STORED = "trackers"  # key of a checkpoint's info
 
 
 class Session:
@@ -38,6 +43,8 @@ class Session:
         self._collectives = collectives
         self._running: dict[str, Tracker] | None = None
         self._told: set[str] = set()
+        self._last_step: int | None = None
+        self._earlier: dict[str, Earlier] = {}  # of a checkpoint; taken up by the next start
 
     @property
     def trackers(self) -> list[Tracker]:
@@ -57,6 +64,7 @@ class Session:
             StrategyError: on every rank, if one is misused or needs what is not installed.
         """
         self.finish()
+        self._last_step = None
         error = None
         if self._collectives.rank == 0:
             try:
@@ -70,6 +78,8 @@ class Session:
         error = self._collectives.broadcast_object(error)
         if error is not None:
             raise error
+        self._last_step = max((x.step for x in self._earlier.values() if x.step is not None), default=None)
+        self._earlier = {}
         if self._collectives.rank:
             self._running = {name: SilentTracker(name) for name in self._all_names}
 
@@ -77,6 +87,7 @@ class Session:
         """Reduce values over the ranks, and let each tracker of the main rank write them. Collective."""
         reduced = reduce_values(values, self._collectives)
         if self._collectives.rank == 0:
+            self._count(step)
             if self._running is None and self._all_names:
                 self._tell("log", "log: init_trackers has not been called, so the values go nowhere")
             for name, tracker in (self._running or {}).items():
@@ -99,6 +110,29 @@ class Session:
             )
         return running[name]
 
+    def stored(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, so that a later process can go on with the trackers' runs."""
+        runs = {
+            name: Earlier(x.run_id, self._last_step) for name, x in (self._running or {}).items() if x.run_id
+        }
+        found = runs or self._earlier
+        return {STORED: {name: {"run": x.run, "step": x.step} for name, x in found.items()}} if found else {}
+
+    def go_on(self, info: Mapping[str, Any]) -> None:
+        """Let the next `start` go on with the runs that a checkpoint names; those that run already are not changed.
+
+        Args:
+            info: What the checkpoint says of the run that wrote it.
+        """
+        self._earlier = _earlier_of(info.get(STORED))
+        for name, tracker in (self._running or {}).items():
+            earlier = self._earlier.get(name)
+            if earlier is not None and tracker.run_id not in (None, earlier.run):
+                notice(
+                    f"the tracker {name} has begun the run {tracker.run_id}, the checkpoint was written in "
+                    f"{earlier.run}: to go on with that, call load_state before init_trackers"
+                )
+
     def finish(self) -> None:
         """Close all trackers; they may be started again."""
         running, self._running = self._running or {}, None
@@ -116,11 +150,23 @@ class Session:
 
             def begin(name: str = name) -> Tracker:
                 tracker = own[name] if name in own else self._registry.get(name)()
+                tracker.earlier = self._earlier.get(name)
                 start(name, tracker)
                 return tracker
 
             tracker = self._attempt(name, begin, passing=DistribError)
-            self._running[name] = tracker or SilentTracker(name)
+            self._running[name] = tracker or self._stand_in(name)
+
+    def _stand_in(self, name: str) -> Tracker:
+        """Return what takes the place of a tracker that failed; its run can be gone on with later."""
+        silent = SilentTracker(name)
+        earlier = self._earlier.get(name)
+        silent.run_id = earlier.run if earlier else None
+        return silent
+
+    def _count(self, step: Any) -> None:
+        with contextlib.suppress(TypeError):  # none was given, or something that is no whole number
+            self._last_step = max(operator.index(step), -1 if self._last_step is None else self._last_step)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         names = self._all_names
@@ -151,6 +197,15 @@ class Session:
         if about not in self._told:
             self._told.add(about)
             notice(text)
+
+
+def _earlier_of(stored: Any) -> dict[str, Earlier]:
+    """Return what can be used of a checkpoint's words."""
+    return {
+        name: Earlier(x["run"], x.get("step") if type(x.get("step")) is int else None)
+        for name, x in (stored.items() if isinstance(stored, dict) else ())
+        if isinstance(x, dict) and isinstance(x.get("run"), str)
+    }
 
 
 def split_names(log_with: Any) -> tuple[list[str] | None, list[Tracker]]:

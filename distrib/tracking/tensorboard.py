@@ -11,7 +11,11 @@ from distrib.tracking.base import Tracker, optional_module
 
 
 class TensorBoardTracker(Tracker):
-    """Writes scalars and images below `<project_dir>/<project>`; `init_kwargs` go to torch's SummaryWriter."""
+    """Writes scalars and images below `<project_dir>/<project>`; `init_kwargs` go to torch's SummaryWriter.
+
+    A run that goes on in the same folder hides what was logged after its checkpoint, as TensorBoard does it:
+    https://pytorch.org/docs/stable/tensorboard.html (purge_step)
+    """
 
     name = "tensorboard"
 
@@ -27,7 +31,14 @@ class TensorBoardTracker(Tracker):
     def start(
         self, project: str, folder: Path, config: Mapping[str, Any] | None, options: Mapping[str, Any]
     ) -> None:
-        self._writer = self._module.SummaryWriter(**{"log_dir": str(folder / project), **options})
+        log_dir = str(options.get("log_dir", folder / project))
+        self.run_id = str(
+            options.get("log_dir", project)
+        )  # without project_dir, which may be mounted elsewhere
+        purge: dict[str, int] = {}
+        if self.earlier and self.earlier.run == self.run_id and self.earlier.step is not None:
+            purge["purge_step"] = self.earlier.step + 1
+        self._writer = self._module.SummaryWriter(**{**purge, **options, "log_dir": log_dir})
         if config:
             text = json.dumps(dict(config), indent=2, default=str)
             self._writer.add_text("config", f"```json\n{text}\n```")

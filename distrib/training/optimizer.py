@@ -125,7 +125,7 @@ class PreparedOptimizer(Optimizer):
 
     def trains(self, model: nn.Module) -> bool:
         """Whether any parameter of `model` is this optimizer's."""
-        return any(id(parameter) in self.parameter_ids for parameter in model.parameters())
+        return any(id(parameter) in self.parameter_ids for parameter in self._strategy.parameters(model))
 
     def abandon(self) -> None:
         """Forget the open window with its gradients: it will be replayed from its beginning."""

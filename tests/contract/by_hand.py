@@ -7,10 +7,19 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-WRAPPED_BY_HAND = {"single": lambda model: model, "ddp": DistributedDataParallel}
+
+def sharded(model: nn.Module) -> nn.Module:
+    for layer in model:
+        if layer.out_features > 1:
+            fully_shard(layer)
+    return fully_shard(model)
+
+
+WRAPPED_BY_HAND = {"single": lambda model: model, "ddp": DistributedDataParallel, "fsdp": sharded}
 
 
 def wide_model() -> nn.Module:
@@ -36,10 +45,14 @@ def by_hand(strategy: str, accumulation: int, clip: bool) -> int:
     def step():
         for micro_step in range(accumulation):
             last = micro_step == accumulation - 1
-            with nullcontext() if last or strategy == "single" else model.no_sync():
+            with nullcontext() if last or strategy != "ddp" else model.no_sync():
+                if strategy == "fsdp":
+                    model.set_requires_gradient_sync(last)
                 (model(torch.ones(2, 1000)).mean() / accumulation).backward()
         if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if strategy == "fsdp":
+                norm.full_tensor()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -5,22 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distrib.strategies import STRATEGIES
 from distrib.testing import run_ranks
+from tests.contract.layouts import PLAIN, VARIED
 from tests.contract.plain import train_plainly
 from tests.contract.training import shuffled_order, train
 
 STEPS = 20
 
 
-def world_sizes(strategy: str) -> tuple[int, ...]:
-    most = STRATEGIES.get(strategy).capabilities.max_world_size
-    return tuple(size for size in (1, 2, 3) if most is None or size <= most)
-
-
-CASES = [(name, size) for name in STRATEGIES for size in world_sizes(name)]
 in_every_world = pytest.mark.parametrize(
-    ("strategy", "world_size"), CASES, ids=[f"{s}-W{w}" for s, w in CASES]
+    ("strategy", "world_size"), PLAIN, ids=[f"{s}-W{w}" for s, w in PLAIN]
 )
 
 
@@ -97,3 +91,15 @@ def test_drop_leaves_out_the_last_shorter_batch(strategy, world_size):
     expected = train_plainly(n, 12, STEPS, lambda _: list(range(n)), drop=True)
     found = run_ranks(train, world_size, strategy, n, 2, None, STEPS, tail="drop", global_batch=12)
     assert_same(found[0], expected)
+
+
+@pytest.mark.parametrize(("layout", "world_size"), VARIED, ids=[f"{name}, W{w}" for name, w in VARIED])
+@pytest.mark.parametrize("counted", [False, True], ids=["mean", "tokens"])
+def test_every_layout_gives_the_parameters_of_a_plain_loop(layout, world_size, counted):
+    n, micro, accumulation = 53, 2, 3
+    size = micro * world_size * accumulation
+    expected = train_plainly(n, size, STEPS, lambda _: list(range(n)), counted=counted, clip=0.3)
+    for found in run_ranks(
+        train, world_size, layout, n, micro, accumulation, STEPS, counted=counted, clip=0.3
+    ):
+        assert_same(found, expected)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from distrib import Accelerator
+from distrib import Accelerator, RunConfig
 from distrib.data.order import Permutation
 from distrib.seeding import derive
+from tests.contract.layouts import settings_of
 from tests.contract.plain import loader_for, make_model, make_optimizer, per_sample_loss
 
 
@@ -17,14 +18,14 @@ def shuffled_order(n: int, seed: int):
 
 
 def train(
-    strategy, n, micro, accumulation, steps, *, counted=False, clip=None, shuffle=False, tail="exact",
+    layout, n, micro, accumulation, steps, *, counted=False, clip=None, shuffle=False, tail="exact",
     dtype=torch.float64, workers=0, global_batch=None, zero_grad="end", seed=11,
 ):  # fmt: skip
     """Train for `steps` optimizer steps; return (parameters, losses of global batches, ids per step)."""
     options = (
         {"global_batch_size": global_batch} if global_batch else {"gradient_accumulation_steps": accumulation}
     )
-    accelerator = Accelerator(strategy=strategy, seed=seed, cpu=True, **options)
+    accelerator = Accelerator(RunConfig(seed=seed, device="cpu", **settings_of(layout), **options))
     model = make_model(dtype)
     loader = loader_for(n, micro, shuffle=shuffle, dtype=dtype, num_workers=workers, drop_last=tail == "drop")
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(model), loader)
@@ -58,5 +59,8 @@ def train(
                 window_losses, window_ids = [], []
                 if len(losses) == steps:
                     break
-    plain = accelerator.unwrap_model(model)
-    return {name: value.detach().clone() for name, value in plain.state_dict().items()}, losses, ids
+    return (
+        {name: value.detach().clone() for name, value in accelerator.get_state_dict(model).items()},
+        losses,
+        ids,
+    )

@@ -301,7 +301,7 @@ def test_a_flag_may_leave_the_options_of_the_files_strategy_idle(load: Any) -> N
 @pytest.mark.parametrize(
     ("text", "available"),
     [
-        ("strategy: fsdp", "auto, single, ddp"),
+        ("strategy: xla", "auto, single, ddp, fsdp"),
         ("mixed_precision: fp8", "no, fp16, bf16"),
         ("device: xla", "auto, cpu, cuda, mps, xpu"),
         ("launch: {backend: slurm}", "local"),
@@ -323,8 +323,8 @@ def test_an_unbuilt_key_is_refused_even_with_its_default(load: Any, key: str) ->
 
 
 def test_several_unbuilt_settings_are_one_error_of_that_kind(load: Any) -> None:
-    with pytest.raises(NotBuiltError, match=r"(?s)fsdp\.wrap.*strategy"):
-        load("strategy: fsdp\nfsdp: {wrap: auto}\n")
+    with pytest.raises(NotBuiltError, match=r"(?s)xla\.spmd.*strategy"):
+        load("strategy: xla\nxla: {spmd: true}\n")
 
 
 def test_an_unbuilt_value_that_a_flag_replaces_does_no_harm(load: Any) -> None:

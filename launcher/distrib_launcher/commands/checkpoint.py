@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -59,7 +59,8 @@ class _Group(click.Group):
 def checkpoint(context: click.Context) -> None:
     """Look at checkpoints, check, compare, export, convert and remove them.
 
-    No command needs a GPU or the training code.
+    No command needs a GPU or the training code. Wherever a checkpoint or a folder of checkpoints is named, it may be a URL of
+    an object store: s3://bucket/run/step-1.
     """
     if context.invoked_subcommand is None:
         say(context.get_help())
@@ -69,7 +70,7 @@ def checkpoint(context: click.Context) -> None:
 @checkpoint.command("ls", short_help="List the checkpoints of a folder.", context_settings=_HELP)
 @click.argument("directory", default="checkpoints")
 def list_(*, directory: str) -> int:
-    """List the checkpoints of DIRECTORY (default: checkpoints), newest last.
+    """List the checkpoints of DIRECTORY (default: checkpoints), or below a URL, newest last.
 
     A checkpoint that cannot be loaded is listed with the reason, as far as sizes tell; verify reads the bytes.
     """
@@ -175,12 +176,16 @@ def export(
     With --format adapter only the tensors of an adapter (LoRA and the like), as PEFT reads them. Its alias is merge.
     """
     _refuse_other_format(layout, max_shard_size=max_shard_size, adapter=adapter)
-    from distrib.checkpoint.commands import export_checkpoint  # noqa: PLC0415 (loads torch)
+    from distrib.checkpoint.commands import (  # noqa: PLC0415 (loads torch)
+        export_checkpoint,
+        local_directory,
+    )
 
+    folder = local_directory(out, "an export")  # before a byte is read
     with _opened(path, verify=not no_verify) as reader, _progress("export") as progress:
         written = export_checkpoint(
             reader,
-            out,
+            folder,
             adapter=(adapter or "default") if layout == "adapter" else None,
             dtype=dtype,
             max_shard_size=max_shard_size or "10GB",
@@ -206,14 +211,21 @@ def convert(*, source: str, out: str, step: int | None, allow_pickle: bool, no_v
     """Make the checkpoint OUT from SOURCE, which another program wrote.
 
     SOURCE is a directory of Accelerate's save_state (also with FSDP or DeepSpeed), of torch.distributed.checkpoint or of
-    DeepSpeed, or a file of torch.save or safetensors.
+    DeepSpeed, or a file of torch.save or safetensors; or a URL of these, which is copied to TMPDIR first. OUT is a
+    directory.
     """
-    from distrib.checkpoint.convert import convert as convert_  # noqa: PLC0415 (loads torch)
+    from distrib.checkpoint.commands import local_directory  # noqa: PLC0415 (loads torch)
+    from distrib.checkpoint.convert import convert as convert_  # noqa: PLC0415 (as above)
+    from distrib.checkpoint.fetch import fetched  # noqa: PLC0415 (as above)
 
-    with _progress("convert") as progress:
-        made = convert_(
-            source, out, step=step, allow_pickle=allow_pickle, verify=not no_verify, progress=progress
-        )
+    folder = local_directory(out, "a conversion")  # before a byte is read
+    with ExitStack() as stack:
+        with _progress("copy") as progress:
+            local = stack.enter_context(fetched(source, progress))
+        with _progress("convert") as progress:
+            made = convert_(
+                local, folder, step=step, allow_pickle=allow_pickle, verify=not no_verify, progress=progress
+            )
     for each in made.left_out:
         say(f"left out: {each}")
     return show(f"{out}: from {made.kind}, step {made.step}")
@@ -229,13 +241,14 @@ def convert(*, source: str, out: str, step: int | None, allow_pickle: bool, no_v
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
 def prune(*, directory: str, keep_last: int, keep_every: int | None, dry_run: bool) -> int:
-    """Remove old checkpoints of DIRECTORY, named step-<number>. Incomplete ones are neither counted nor removed."""
-    from distrib.checkpoint import retain  # noqa: PLC0415 (loads torch)
+    """Remove old checkpoints of DIRECTORY, or below a URL, named step-<number>.
 
-    if not Path(directory).is_dir():
-        raise CheckpointError(
-            "D0701", "is not a directory", where=directory, fix="name the folder of checkpoints"
-        )
+    Incomplete ones are neither counted nor removed.
+    """
+    from distrib.checkpoint import locate, retain  # noqa: PLC0415 (loads torch)
+    from distrib.checkpoint.inventory import names_in  # noqa: PLC0415 (as above)
+
+    names_in(locate(directory))  # a place that is not there is a mistake, not one without old checkpoints
     removed = retain(directory, keep_last, keep_every=keep_every, dry_run=dry_run)
     verb = "would remove" if dry_run else "removed"
     return show("\n".join([*(f"{verb} {path}" for path in removed), f"{verb} {len(removed)} checkpoints"]))

@@ -1,0 +1,84 @@
+"""What every strategy does to a model or an optimizer before it lays it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from distrib.errors import StrategyError
+from distrib.logging import notice
+from distrib.precision import apply_precision, matching
+from distrib.state import Runtime
+
+
+class Replaced:
+    """Parameters that were given and what stands in their place now, so that optimizers made before step the right ones."""
+
+    def __init__(self) -> None:
+        self._now = WeakIdKeyDictionary()
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Note which parameters of `model` the body replaces."""
+        before = {(id(m), name): x for m in model.modules() for name, x in m._parameters.items()}
+        yield
+        for module in model.modules():
+            for name, now in module._parameters.items():
+                given = before.get((id(module), name))
+                if given is not None and now is not given:
+                    self._now[given] = now
+
+    def point(self, optimizer: Optimizer, convert: Callable[[Any, Tensor], Any] | None = None) -> None:
+        """Let an optimizer step what stands in its parameters' places; `convert` fits state that it has already."""
+        for group in optimizer.param_groups:
+            group["params"] = [self._now.get(x, x) for x in group["params"]]  # type: ignore[no-untyped-call]
+        for given in [x for x in optimizer.state if x in self._now]:
+            now, state = self._now[given], optimizer.state.pop(given)
+            optimizer.state[now] = {
+                key: convert(value, now) if convert else value for key, value in state.items()
+            }
+
+
+def apply_policy(model: nn.Module, runtime: Runtime) -> nn.Module:
+    """Apply the run's precision policy, in place; say which of its patterns fit no module."""
+    for pattern in runtime.precision.fp32_modules:
+        if not matching(model, pattern) and runtime.topology.is_main:
+            notice(f"mixed_precision.fp32_modules: {pattern!r} fits no module of {type(model).__name__}")
+    return apply_precision(model, runtime.precision, runtime.device)
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse a model that already exchanges its gradients itself."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.DataParallel, DistributedDataParallel)):
+            raise StrategyError(
+                "D0813",
+                f"{name or 'the model'} is in a {type(module).__name__} already, so gradients would be exchanged twice",
+                fix="give prepare the plain model",
+            )
+
+
+def refuse_half_precision(model: nn.Module) -> None:
+    """Refuse trained parameters in float16, which a loss scale does not help."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype is torch.float16 and parameter.requires_grad:
+            raise StrategyError(
+                "D0814",
+                f"{name} is kept in float16, where gradients under a loss scale overflow and small updates are lost",
+                fix="give prepare a float32 model (model.float()); its matrix products run in float16 all the same",
+            )
+
+
+def move_state(optimizer: Optimizer) -> None:
+    """Bring state that was loaded before `prepare` to where its parameters are now."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = value.to(parameter.device)
