@@ -47,7 +47,7 @@ $(VENV)/.dev: $(VENV)/.run
 	@touch $@
 
 $(VENV)/.dev-hf: $(VENV)/.dev
-	$(PIP) install -c $(UNPINNED) "$(TORCH)" -e ".[dev,dev-hf]"
+	$(PIP) install -c $(UNPINNED) "$(TORCH)" -e ".[dev,dev-hf,dev-remote]"
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.run

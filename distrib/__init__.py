@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         TopologyError as TopologyError,
         TrainingError as TrainingError,
     )
+    from distrib.local_sgd import LocalSGD as LocalSGD
     from distrib.logging import get_logger as get_logger
     from distrib.seeding import set_seed as set_seed
     from distrib.strategies.meta import init_empty as init_empty
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "Accelerator": "distrib.accelerator",
     "RunConfig": "distrib.config",
+    "LocalSGD": "distrib.local_sgd",
     "init_empty": "distrib.strategies.meta",
     "set_seed": "distrib.seeding",
     "get_logger": "distrib.logging",
@@ -48,7 +50,7 @@ _WHERE = {
     "launch": "distrib_launcher.functions",
     "notebook_launcher": "distrib_launcher.functions",
 }
-_NOT_BUILT = ("find_executable_batch_size", "LocalSGD", "compat")
+_NOT_BUILT = ("find_executable_batch_size", "compat")
 _MODULES = ("testing", "tracking")
 
 __all__ = [*_WHERE, *_MODULES]  # noqa: PLE0604 (names come from the tables above)

@@ -143,7 +143,11 @@ class Accelerator:
         self._last_norm: Tensor | None = None
         self._triggered = False
         self._tracking = Session(
-            self._config.tracking.log_with, own_trackers, TRACKERS, self._runtime.collectives
+            self._config.tracking.log_with,
+            own_trackers,
+            TRACKERS,
+            self._runtime.collectives,
+            self._runtime.readers,
         )
         self._background = Background(self._runtime.collectives)
         self._save_hooks, self._load_hooks = Hooks(), Hooks()
@@ -323,7 +327,7 @@ class Accelerator:
             self._run.optimizers.append(PreparedOptimizer(own, self._strategy, self._accumulation))
             self._run.remember(given, self._run.optimizers[-1])
         if models:
-            part_noise_streams(self.process_index, seed)
+            part_noise_streams(self._runtime.readers.rank, seed)
 
     def _new_accumulation(self) -> Accumulation:
         return Accumulation(
@@ -341,14 +345,14 @@ class Accelerator:
         if seed is None:
             seed = derive(self._run_seed(), "loader", index) if index else self._run_seed()
         options = DataOptions(
-            rank=self.process_index,
-            world_size=self.num_processes,
+            rank=self._runtime.readers.rank,
+            world_size=self._runtime.readers.world_size,
             device=self.device,
             tail=self._config.data.tail,
             seed=seed,
             global_batch_size=self._config.global_batch_size,
             accumulation=self._config.gradient_accumulation_steps or 1,
-            collectives=self._runtime.collectives,
+            collectives=self._runtime.readers,
             device_backend=self._runtime.device_backend,
             prefetch=self._config.data.prefetch,
             dispatch=self._config.data.dispatch,
@@ -501,6 +505,8 @@ class Accelerator:
     def gather(self, x: Any) -> Any:
         """Concatenate each tensor of `x` over all ranks along dim 0, in rank order. Collective.
 
+        Of ranks that read the same samples, as those that share a matrix product do, one counts.
+
         Args:
             x: Tensors (n, *s) in any nesting; n may differ between ranks. A 0-d tensor counts as (1,).
 
@@ -508,7 +514,7 @@ class Accelerator:
             CollectiveError: on every rank, if one does something else; with both calls and their lines.
             DataError: for numbers, arrays, and a nesting without tensors.
         """
-        found = self._runtime.collectives.gather(x)
+        found = self._runtime.readers.gather(x)
         check_tensors("gather", x)
         return found
 
@@ -528,10 +534,12 @@ class Accelerator:
         current = loader or self._live.current
         if current is None:
             refuse_after_the_loop(self._live.last_ended)
-        return gather_true_rows(x, current, self._runtime.collectives, objects=use_gather_object)
+        return gather_true_rows(x, current, self._runtime.readers, objects=use_gather_object)
 
     def reduce(self, x: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """Reduce each tensor of `x` elementwise over all ranks, then multiply by `scale`. Collective.
+
+        Of ranks that read the same samples, as those that share a matrix product do, one counts.
 
         Args:
             x: Tensors in any nesting, equal shapes on all ranks.
@@ -544,7 +552,7 @@ class Accelerator:
         """
         if reduction == "none":
             return x
-        reduced = self._runtime.collectives.reduce(x, _reduction(reduction))
+        reduced = self._runtime.readers.reduce(x, _reduction(reduction))
         check_tensors("reduce", x)
         return reduced if scale == 1.0 else map_tensors(lambda tensor: tensor * scale, reduced)
 
@@ -931,6 +939,8 @@ class Accelerator:
     def split_between_processes(self, x: Any, apply_padding: bool = False) -> Iterator[Any]:  # noqa: FBT001, FBT002
         """Give each rank its part of a collection: contiguous, in order, the first ranks one item more.
 
+        Ranks that read the same samples get the same part.
+
         Args:
             x: The same list, tuple, range, array or tensor (n, ...) on every rank, or a dict of such of one length.
             apply_padding: Give every rank as many items as the first has, by repeating the last item of `x`.
@@ -938,7 +948,7 @@ class Accelerator:
         Raises:
             DataError: for anything else.
         """
-        yield split(x, self.process_index, self.num_processes, padded=apply_padding)
+        yield split(x, self._runtime.readers.rank, self._runtime.readers.world_size, padded=apply_padding)
 
     def set_trigger(self) -> None:
         """Let the next `check_trigger` be true on every rank."""

@@ -114,6 +114,7 @@ def begin_save(
         custom=custom,
         counters={
             "step": run.step,
+            "readers": runtime.readers.world_size,
             "optimizer_steps": [x.num_steps for x in run.optimizers],
             METRICS: dict(metrics),
         },
@@ -320,13 +321,14 @@ def _restore_generators(reader: Reader, runtime: Runtime) -> None:
     if is_conversion(reader.manifest):
         return
     topology = runtime.topology
-    if reader.world_size == topology.world_size:
+    readers = reader.counters.get("readers", reader.world_size)
+    if (reader.world_size, readers) == (topology.world_size, runtime.readers.world_size):
         rng.restore(reader.rng(topology.rank), runtime.device_backend)
-        part_noise_streams(topology.rank, None)
+        part_noise_streams(runtime.readers.rank, None)
         return
     rng.restore(reader.rng(0), runtime.device_backend)
-    part_noise_streams(topology.rank, None)
-    torch.manual_seed(derive(torch.initial_seed(), "noise", reader.counters["step"], topology.rank))
+    part_noise_streams(runtime.readers.rank, None)
+    torch.manual_seed(derive(torch.initial_seed(), "noise", reader.counters["step"], runtime.readers.rank))
     if topology.is_main:
         notice(
             f"saved at world size {reader.world_size}, resumed at {topology.world_size}: the data go on unchanged, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from distrib.devices import choose_device
 from distrib.errors import ConfigError, StrategyError
 from distrib.precision import resolve_precision
 from distrib.state import Runtime
-from distrib.strategies import Strategy, choose_strategy
-from distrib.topology import Mesh, detect_topology, resolve_mesh
+from distrib.strategies import Capabilities, Strategy, choose_strategy
+from distrib.topology import DATA_AXES, Mesh, detect_topology, resolve_mesh
 from distrib.topology.threads import threads_per_rank, usable_cores
 
 
@@ -95,7 +95,7 @@ def start(config: RunConfig, env: Mapping[str, str]) -> Startup:
     name, strategy, strategy_reason = choose_strategy(
         config.strategy, topology.world_size, backend.name, where=_where(config, "strategy")
     )
-    mesh = _mesh(config, name, strategy.capabilities.axes, topology.world_size)
+    mesh = _mesh(config, name, strategy.capabilities, topology.world_size)
     device = backend.bind(topology.local_rank)
     precision = resolve_precision(config.mixed_precision, backend, where=_where(config, "mixed_precision"))
     threads, threads_reason = threads_per_rank(env, usable_cores(), topology.local_world_size)
@@ -108,7 +108,8 @@ def start(config: RunConfig, env: Mapping[str, str]) -> Startup:
         config.watch.stall_timeout_s,
         rendezvous_timeout_s=config.launch.rdzv_timeout_s,
     )
-    runtime = Runtime(topology, mesh, device, backend, collectives, precision)
+    readers = collectives.among(mesh.groups(*DATA_AXES))
+    runtime = Runtime(topology, mesh, device, backend, collectives, readers, precision)
     summary = (
         f"{topology.world_size} process{'es' if topology.world_size > 1 else ''} ({topology.source}), "
         f"strategy {name} ({strategy_reason}), device {device} ({device_reason}), precision {precision.name}, "
@@ -119,8 +120,8 @@ def start(config: RunConfig, env: Mapping[str, str]) -> Startup:
     return Startup(runtime, strategy(runtime, _options_of(name, config)), summary)
 
 
-def _mesh(config: RunConfig, strategy: str, axes: Sequence[str], world_size: int) -> Mesh:
-    """Return the mesh; the strategy's last axis without a size takes what is left.
+def _mesh(config: RunConfig, strategy: str, knows: Capabilities, world_size: int) -> Mesh:
+    """Return the mesh; an axis without a size, the strategy's free one if it may be, takes what is left.
 
     Raises:
         ConfigError: if the sizes do not multiply to the world size.
@@ -129,16 +130,16 @@ def _mesh(config: RunConfig, strategy: str, axes: Sequence[str], world_size: int
     sizes = config.mesh.model_dump()
     unset = [axis for axis in sizes if not config.is_set(f"mesh.{axis}")]
     sizes.update(dict.fromkeys(unset, 1))
-    free = [axis for axis in axes if axis in unset]
+    free = [axis for axis in (knows.free_axis, *DATA_AXES) if axis in unset and axis in knows.axes]
     if -1 not in sizes.values() and free:
-        sizes[free[-1]] = -1
+        sizes[free[0]] = -1
     first = next((axis for axis in sizes if axis not in unset), "replicate")
     mesh = resolve_mesh(sizes, world_size, where=_where(config, f"mesh.{first}"))
     for axis, size in mesh.axes:
-        if size > 1 and axis not in axes:
+        if size > 1 and axis not in knows.axes:
             raise StrategyError(
                 "D0832",
-                f"mesh.{axis} is {size}, but strategy {strategy} lays ranks out along {' and '.join(axes)} only",
+                f"mesh.{axis} is {size}, but strategy {strategy} lays ranks out along {', '.join(knows.axes)} only",
                 where=_where(config, f"mesh.{axis}"),
                 fix="leave it out, or choose another strategy",
             )
@@ -148,7 +149,13 @@ def _mesh(config: RunConfig, strategy: str, axes: Sequence[str], world_size: int
 def _options_of(name: str, config: RunConfig) -> dict[str, object]:
     """Return the section of a strategy, with the keys that are of every strategy."""
     section = getattr(config, name, None)
-    return {**(section.model_dump() if section else {}), "sync_batchnorm": config.sync_batchnorm}
+    return {
+        **(section.model_dump() if section else {}),
+        "sync_batchnorm": config.sync_batchnorm,
+        "activation_checkpointing": config.activation_checkpointing,
+        "compile": config.compile.model_dump(),
+        "plan": config.tensor_parallel.plan,
+    }
 
 
 def call_site() -> str:

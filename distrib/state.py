@@ -18,13 +18,25 @@ from distrib.topology import Mesh, Topology
 
 @dataclass(frozen=True)
 class Runtime:
-    """All that a strategy may know about the run."""
+    """All that a strategy may know about the run.
+
+    Attributes:
+        topology: This process's place in the job.
+        mesh: How the ranks are laid out.
+        device: This rank's device.
+        device_backend: Its kind.
+        collectives: All ranks.
+        readers: The ranks that read different samples, this one among them; along other axes of the mesh the ranks of
+            each such group read the same.
+        precision: Number formats.
+    """
 
     topology: Topology
     mesh: Mesh
     device: torch.device
     device_backend: DeviceBackend
     collectives: Collectives
+    readers: Collectives
     precision: PrecisionPolicy
 
 

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable
 
+from distrib.checkpoint.agreement import together
 from distrib.checkpoint.location import Location
 from distrib.checkpoint.staging import Arena
 from distrib.checkpoint.writer import Saving
@@ -73,14 +74,21 @@ class Background:
         _before_executors_end(self._join)
 
     def start(self, saving: Saving, after: Callable[[], None]) -> Pending:
-        """Copy what is to be saved, and go on writing in a thread. Collective; after `wait`.
+        """Copy what is to be saved, and go on writing in a thread when every rank has. Collective; after `wait`.
 
         Args:
             saving: A planned save.
             after: Called in that thread when the checkpoint is complete.
+
+        Raises:
+            CheckpointError: on every rank, if one cannot copy its share; the save is given up.
         """
         self._beside = self._beside or self._main.beside()
-        saving.stage(self._arena)
+        try:
+            together(self._main, "copying the state", lambda: saving.stage(self._arena))
+        except BaseException:
+            saving.give_up()
+            raise
         self._last = Pending(saving, self._beside, after)
         self._last.start()
         return self._last

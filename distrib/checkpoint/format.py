@@ -25,7 +25,8 @@ from distrib.state import Box, Interval, TensorSpec
 MANIFEST = "manifest.json"
 VERSION = 1
 MAGIC = b'{"format":"distrib-checkpoint",'
-MAX_JSON_BYTES = 64 * 2**20  # a larger document is refused before it is parsed
+MAX_JSON_BYTES = 64 * 2**20  # a larger document is refused before it is parsed, and before it is written
+MAX_JSON_VALUES = 3_000_000  # so is one with more values, which take up to 70 bytes each
 CUSTOM = "custom"  # group of the tensors that belong to documents, not to models or optimizers
 PICKLED = "pickled"  # group of the pickles, each the bytes of one tensor: nothing else of a checkpoint is one
 
@@ -169,12 +170,36 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
+def bounded(data: bytes, what: str) -> bytes:
+    """Return a JSON text that can be read again, or refuse to write it.
+
+    Raises:
+        CheckpointError: D0766, if it is larger than a reader takes.
+    """
+    num_values = data.count(b",")
+    if len(data) > MAX_JSON_BYTES or num_values > MAX_JSON_VALUES:
+        raise CheckpointError(
+            "D0766",
+            f"{what} would be {len(data):,} bytes of JSON with {num_values:,} values; expected at most "
+            f"{MAX_JSON_BYTES:,} and {MAX_JSON_VALUES:,}",
+            fix="keep large data in tensors or arrays, which have files of their own",
+        )
+    return data
+
+
 def parse_json(data: bytes, where: str) -> Any:
     """Parse JSON from an untrusted file.
 
     Raises:
         CheckpointError: if it is not JSON, nests too deeply, or repeats a key.
     """
+    if data.count(b",") > MAX_JSON_VALUES:
+        raise CheckpointError(
+            "D0707",
+            f"holds more than {MAX_JSON_VALUES:,} values",
+            where=where,
+            fix="do not load it; it was not written by distrib",
+        )
     try:
         return json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -214,6 +239,7 @@ def dump(manifest: Manifest) -> bytes:
             **({"folder": manifest.folder} if manifest.folder else {}),
         }
     )
+    bounded(body, "the manifest")
     return b'%s"version":%d,"xxh3":"%s","body":%s}\n' % (MAGIC, VERSION, checksum(body).encode(), body)
 
 

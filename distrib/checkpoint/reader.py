@@ -353,23 +353,32 @@ def latest(directory: str | Path | Url, prefix: str = "step-") -> Location | Non
     Raises:
         CheckpointError: if the store of a URL does not answer: nobody knows then what is there.
     """
-    for _, path in reversed(numbered(directory, prefix)):
+    for _, path in reversed(numbered(directory, prefix, whole=False)):
         problem = incompleteness(path)
         if problem is None:
             return path
-        _log.warning("skipped %s: %s", path, problem.problem)
+        at = "" if problem.where in (None, str(path)) else f"{problem.where} "
+        _log.warning("skipped %s: %s%s", path, at, problem.problem)
     return None
 
 
-def numbered(directory: str | Path | Url, prefix: str = "step-") -> list[tuple[int, Location]]:
-    """Return (number, path) of the directories with our manifest named `<prefix><number>`, in numeric order."""
+def numbered(
+    directory: str | Path | Url, prefix: str = "step-", *, whole: bool = True
+) -> list[tuple[int, Location]]:
+    """Return (number, path) of the directories named `<prefix><number>`, in numeric order.
+
+    Args:
+        directory: Where they lie, or a URL.
+        prefix: What their names begin with.
+        whole: Whether to leave out those without a manifest of ours.
+    """
     parent = locate(directory)
     for name in entries(parent):
         aside = re.fullmatch(rf"\.({re.escape(prefix)}\d+)\.old-[0-9a-f]{{12}}", name)
         if aside:
             restore_aside(parent / aside[1], Storage())
     matches = (re.fullmatch(rf"{re.escape(prefix)}(\d+)", name) for name in entries(parent))
-    found = [(int(m[1]), parent / m[0]) for m in matches if m and is_checkpoint(parent / m[0])]
+    found = [(int(m[1]), parent / m[0]) for m in matches if m and (not whole or is_checkpoint(parent / m[0]))]
     return sorted(found, key=lambda pair: (pair[0], str(pair[1])))
 
 
@@ -536,6 +545,8 @@ def _size_problems(
             directory.check_size(name, manifest.files[name])
         except CheckpointError as error:
             found.append(error)
+            if len(found) > _MOST_LISTED:
+                break
     return found
 
 

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,7 @@ from distrib.checkpoint.store import Store, Write
 LOCK_MAGIC = "distrib-checkpoint lock"
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
+_OWNER_S = 1.0
 _WRITEBACK = 32 * 2**20  # bytes
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE, linux/fs.h
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOLCK, errno.EPERM)
@@ -214,6 +216,14 @@ def _same_file(file: int, path: Path) -> bool:
 
 
 def _read_owner(file: int) -> tuple[str, int] | None:
+    """Return host and pid; who has just taken the lock needs a moment to write them."""
+    end = time.monotonic() + _OWNER_S
+    while (owner := _written_owner(file)) is None and time.monotonic() < end:
+        time.sleep(_OWNER_S / 20)
+    return owner
+
+
+def _written_owner(file: int) -> tuple[str, int] | None:
     lines = os.pread(file, 512, 0).decode(errors="replace").splitlines()
     return (lines[1], int(lines[2])) if len(lines) == 3 and lines[2].isdigit() else None
 

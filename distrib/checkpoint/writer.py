@@ -25,6 +25,7 @@ from distrib.checkpoint.format import (
     Manifest,
     StoredSlice,
     StoredTensor,
+    bounded,
     check_group,
     checksum,
     code_of,
@@ -221,9 +222,13 @@ class Saving:
                 lambda: self._complete(receipts),
             )
         finally:
-            for place in self._places:
-                place.release()
+            self.give_up()
         return self.target
+
+    def give_up(self) -> None:
+        """Remove what is not the checkpoint, and let others save there."""
+        for place in self._places:
+            place.release()
 
     def _complete(self, receipts: Sequence[_Receipt]) -> None:
         place = self._places[0]
@@ -249,9 +254,8 @@ def _prepare(contents: Contents, rank: int) -> _Shelf:
         for s in parts
     }
     _check_names(name for name, _ in slices)
-    documents: dict[str, bytes | memoryview] = {
-        f"rng/rank-{rank:05d}.json": _json(encode(contents.rng, "rng"))
-    }
+    name = f"rng/rank-{rank:05d}.json"
+    documents: dict[str, bytes | memoryview] = {name: _json(name, encode(contents.rng, "rng"))}
     documents |= contents.files
     extras: dict[str, Mapping[str, Any]] = {}
     if rank == 0:
@@ -264,7 +268,7 @@ def _prepare(contents: Contents, rank: int) -> _Shelf:
     held = tuple(
         Held(s.name, s.global_shape, code_of(s.name, s.dtype), where) for (_, where), s in slices.items()
     )
-    objects = _json(encode(dict(contents.state.objects), "objects"))
+    objects = _json(OBJECTS, encode(dict(contents.state.objects), "objects"))
     return _Shelf(
         slices, documents, _Announcement(held, tuple(contents.state.aliases.items()), objects), extras
     )
@@ -292,18 +296,20 @@ def _common_documents(contents: Contents, slices: dict[tuple[str, Where], Slice]
     custom = dict(contents.custom) if isinstance(contents.custom, Mapping) else list(contents.custom)
     documents = {
         LOADERS: _json(
-            [encode(vars(position), f"loader {i}") for i, position in enumerate(contents.loaders)]
+            LOADERS, [encode(vars(position), f"loader {i}") for i, position in enumerate(contents.loaders)]
         ),
-        SCHEDULERS: _json([encode(dict(x), f"scheduler {i}") for i, x in enumerate(contents.schedulers)]),
-        CUSTOM_OBJECTS: _json(encode(custom, "custom", spill)),
+        SCHEDULERS: _json(
+            SCHEDULERS, [encode(dict(x), f"scheduler {i}") for i, x in enumerate(contents.schedulers)]
+        ),
+        CUSTOM_OBJECTS: _json(CUSTOM_OBJECTS, encode(custom, "custom", spill)),
     }
     if contents.scaler is not None:
-        documents[SCALER] = _json(encode(dict(contents.scaler), "scaler"))
+        documents[SCALER] = _json(SCALER, encode(dict(contents.scaler), "scaler"))
     return documents
 
 
-def _json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+def _json(name: str, value: Any) -> bytes:
+    return bounded(json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii"), name)
 
 
 def _exchange(mine: _Announcement, collectives: Collectives) -> tuple[list[Share], list[_Announcement]]:
@@ -334,7 +340,7 @@ def _agree(shares: Sequence[Share], said: Sequence[_Announcement]) -> _Agreed:
                 f"alias {name!r} -> {target!r} leads to no stored tensor, or hides one",
                 fix="this is a fault of the strategy's sharded_state; report it",
             )
-    return _Agreed(plan, aliases, _json(objects))
+    return _Agreed(plan, aliases, _json(OBJECTS, objects))
 
 
 def _merge(values: Sequence[dict[str, Any]], path: str) -> dict[str, Any]:

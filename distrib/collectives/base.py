@@ -128,6 +128,14 @@ class Collectives(ABC):
         """
 
     @abstractmethod
+    def among(self, groups: Sequence[Sequence[int]]) -> Collectives:
+        """Return the collectives of this rank's group. Collective, over all ranks.
+
+        Args:
+            groups: Ranks, ascending; every rank is in exactly one group, and all ranks give the same groups.
+        """
+
+    @abstractmethod
     def barrier(self, why: str) -> None:
         """Return when every rank has called it. Collective.
 

@@ -24,6 +24,7 @@ from distrib.collectives.packing import num_bytes, pack, unpack, unpack_rows
 from distrib.collectives.padding import check_dim, padded, size_of
 from distrib.collectives.reductions import Reduction
 from distrib.collectives.signature import Signature, call_site, disagreement
+from distrib.collectives.single import SingleCollectives
 from distrib.collectives.store import join_store
 from distrib.collectives.threads import let_threads_finish
 from distrib.collectives.trees import map_tensors, replace_tensors, tensors
@@ -117,6 +118,9 @@ class ProcessGroupCollectives(Collectives):
         owned: Whether `close` ends the group; False for a group that the script made.
     """
 
+    _group: dist.ProcessGroup | None = None  # for tensors on the device; None for the default group
+    _members: Sequence[int] | None = None  # the global ranks of a group that is not the default one
+
     def __init__(self, device: torch.device, *, owned: bool) -> None:
         self.device, self._owned = device, owned
         _sharing.append(self)
@@ -129,7 +133,7 @@ class ProcessGroupCollectives(Collectives):
         )
 
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
-        group = self._cpu_group if tensor.is_cpu else None
+        group = self._cpu_group if tensor.is_cpu else self._group
         self._with_peers("all_reduce", dist.all_reduce, tensor, _OPS[op], group)
         return tensor.div_(self.world_size) if op == "mean" else tensor
 
@@ -206,7 +210,7 @@ class ProcessGroupCollectives(Collectives):
             note = heard.notes[source]
         else:
             note = note if self.rank == source else torch.empty(size, dtype=torch.uint8, device=_CPU)
-            self._with_peers("broadcast_object", dist.broadcast, note, source, self._cpu_group)
+            self._with_peers("broadcast_object", dist.broadcast, note, self._global(source), self._cpu_group)
         return value if self.rank == source else _unpickled(note, source)
 
     def exchange(self, values: Sequence[int]) -> list[list[int]]:
@@ -220,7 +224,7 @@ class ProcessGroupCollectives(Collectives):
         self, received: torch.Tensor, parts: Sequence[torch.Tensor] | None, source: int = 0
     ) -> torch.Tensor:
         sent = None if parts is None else list(parts)
-        self._with_peers("scatter", dist.scatter, received, sent, source, self._cpu_group)
+        self._with_peers("scatter", dist.scatter, received, sent, self._global(source), self._cpu_group)
         return received
 
     def barrier(self, why: str) -> None:
@@ -252,6 +256,12 @@ class ProcessGroupCollectives(Collectives):
 
     def beside(self) -> Collectives:
         return _Beside(self)
+
+    def among(self, groups: Sequence[Sequence[int]]) -> Collectives:
+        mine = next(group for group in groups if self.rank in group)
+        if len(mine) == self.world_size:
+            return self
+        return SingleCollectives() if len(mine) == 1 else _Part(self, groups, mine)
 
     def close(self) -> None:
         self._turns.close()
@@ -322,7 +332,7 @@ class ProcessGroupCollectives(Collectives):
         mine = pack(leaves, self.device, width=width)
         everyone = mine.new_empty(self.world_size, width)
         if width:
-            self._with_peers("gather", all_gather_single, everyone.view(-1), mine, None)
+            self._with_peers("gather", all_gather_single, everyone.view(-1), mine, self._group)
         return list(everyone)
 
     def _broadcast_packed(
@@ -332,10 +342,13 @@ class ProcessGroupCollectives(Collectives):
             buffer = pack(leaves, device)
         else:
             buffer = torch.empty(num_bytes(leaves), dtype=torch.uint8, device=device)
-        self._with_peers(
-            "broadcast", dist.broadcast, buffer, source, self._cpu_group if buffer.is_cpu else None
-        )
+        group = self._cpu_group if buffer.is_cpu else self._group
+        self._with_peers("broadcast", dist.broadcast, buffer, self._global(source), group)
         return buffer
+
+    def _global(self, rank: int) -> int:
+        """Return what torch calls a rank of this group."""
+        return rank if self._members is None else self._members[rank]
 
     def _home(self, heard: Heard) -> torch.device:
         """Return where data are packed, the same kind of place on all ranks."""
@@ -354,6 +367,33 @@ class _Beside(ProcessGroupCollectives):
 
     def close(self) -> None:
         """It ends with the default group."""
+
+
+class _Part(ProcessGroupCollectives):
+    """Some of the ranks, over groups that end with the default one. Collective, over all ranks."""
+
+    def __init__(
+        self, main: ProcessGroupCollectives, groups: Sequence[Sequence[int]], mine: Sequence[int]
+    ) -> None:
+        self.device, self._owned, self._members = main.device, False, list(mine)
+        self.rank, self.world_size = mine.index(main.rank), len(mine)
+        own = _new_group(groups)
+        self._group = self._cpu_group = own
+        if not any(device.type == _CPU.type for device in own._device_types):
+            self._cpu_group = _new_group(groups, backend="gloo")
+        self._meet = Exchange(self.world_size, self._cpu_group)
+        self._turns = main._turns
+        self._holding = None
+
+    def close(self) -> None:
+        """It ends with the default group."""
+
+
+def _new_group(groups: Sequence[Sequence[int]], **options: str) -> dist.ProcessGroup:
+    """Return this rank's own one of `groups`, all of which are made. Collective."""
+    own: dist.ProcessGroup
+    own, _ = dist.new_subgroups_by_enumeration([list(group) for group in groups], **options)  # type: ignore[no-untyped-call]
+    return own
 
 
 def _group_for_cpu() -> dist.ProcessGroup | None:

@@ -23,6 +23,9 @@ class SingleCollectives(Collectives):
     rank = 0
     world_size = 1
 
+    def among(self, groups: Sequence[Sequence[int]]) -> Collectives:
+        return self
+
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
         return tensor
 

@@ -158,7 +158,60 @@ def _not_built_values(winners: Mapping[str, Setting]) -> list[ConfigError]:
 
 
 def _check_together(winners: Mapping[str, Setting]) -> list[ConfigError]:
-    return [*_one_batch_size(winners), *_options_of_another_strategy(winners), *_best_by_what(winners)]
+    return [
+        *_one_batch_size(winners),
+        *_options_of_another_strategy(winners),
+        *_best_by_what(winners),
+        *_compiling(winners),
+    ]
+
+
+def _compiling(winners: Mapping[str, Setting]) -> list[ConfigError]:
+    """Find settings of torch.compile that would do nothing, or that the backend cannot follow."""
+    scope, mode, backend = (winners.get(f"compile.{name}") for name in ("scope", "mode", "backend"))
+    if scope is None or scope.value == "none":
+        return [
+            ConfigError(
+                "D0107",
+                f"this is an option of torch.compile, but compile.scope is {'not set' if scope is None else 'none'}",
+                where=setting.where,
+                fix="remove it, or set compile.scope to model or blocks",
+            )
+            for setting in winners.values()
+            # A higher layer may switch off what a file sets up.
+            if setting.key.startswith("compile.") and setting is not scope
+            if scope is None or setting.source.kind == scope.source.kind
+        ]
+    problems = []
+    if backend is not None and backend.value != "inductor" and mode is not None and mode.value != "default":
+        problems.append(
+            ConfigError(
+                "D0107",
+                f"compile.mode is {mode.value}, which only the backend inductor has; compile.backend is "
+                f"{backend.value} at {backend.source.where}",
+                where=mode.where,
+                fix="remove compile.mode, or compile.backend",
+            )
+        )
+    recomputed = winners.get("activation_checkpointing")
+    if backend is not None and recomputed is not None and recomputed.value != "none":
+        problems += _recomputing_and(backend, recomputed)
+    return problems
+
+
+def _recomputing_and(backend: Setting, recomputed: Setting) -> list[ConfigError]:
+    if str(backend.value).startswith(("inductor", "aot_")):
+        return []
+    return [
+        ConfigError(
+            "D0107",
+            f"activation_checkpointing is {recomputed.value} at {recomputed.source.where}, but compile.backend is "
+            f"{show(backend.value)}, which may draw other random numbers when it recomputes; expected inductor or one "
+            "whose name begins with aot_",
+            where=backend.where,
+            fix="set compile.backend to inductor or aot_eager",
+        )
+    ]
 
 
 def _best_by_what(winners: Mapping[str, Setting]) -> list[ConfigError]:

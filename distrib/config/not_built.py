@@ -9,8 +9,8 @@ from typing import Final
 
 # Keys, or whole sections, of which no value can be set.
 KEYS: Final = frozenset({
-    "mesh.tensor", "mesh.context", "mesh.pipeline", "mesh.expert",
-    "deepspeed", "xla", "compile", "activation_checkpointing",
+    "mesh.context", "mesh.pipeline", "mesh.expert",
+    "deepspeed", "xla",
     "checkpoint.on_signal",
     "watch.heartbeat_s", "watch.silence_s", "watch.report_s", "watch.verify_collectives", "watch.nonfinite",
     "launch.preempt_grace_s",

@@ -60,6 +60,7 @@ SecondsFromZero = Annotated[
     float, Field(ge=0, le=_MAX_SECONDS), Expected("a number of seconds from 0 to 1e9")
 ]
 PathText = Annotated[str, Field(min_length=1), Expected("a path")]
+BackendName = Annotated[str, Field(min_length=1), Expected("the name of a backend of torch.compile")]
 NodeRange = Annotated[
     str, Field(pattern=r"^[1-9][0-9]*:[1-9][0-9]*$"), Expected("a range FEWEST:MOST such as '2:4'")
 ]
@@ -97,6 +98,12 @@ ClassNames = Annotated[
     Field(strict=False, min_length=1),
     BeforeValidator(lambda value: tuple(value.split(",")) if isinstance(value, str) else value),
     Expected("the name of a class of modules, or a list of such"),
+]
+PlanEntries = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^[^=]+=(colwise|colwise_gather_output|rowwise)$")], ...],
+    Field(strict=False, min_length=1),
+    BeforeValidator(lambda value: tuple(value.split(",")) if isinstance(value, str) else value),
+    Expected("a list of PATTERN=STYLE, where STYLE is colwise, colwise_gather_output or rowwise"),
 ]
 RankNumbers = Annotated[
     tuple[Annotated[int, Field(ge=0, le=MAX_COUNT)], ...],
@@ -151,6 +158,12 @@ class FsdpSection(Section):
     wrap: Literal["auto"] | ClassNames = "auto"
 
 
+class TensorParallelSection(Section):
+    """How matrix products are divided along the axis `mesh.tensor`."""
+
+    plan: Literal["auto"] | PlanEntries = "auto"
+
+
 class DeepspeedSection(Section):
     """Options of the strategy of that name."""
 
@@ -167,9 +180,12 @@ class XlaSection(Section):
 
 
 class CompileSection(Section):
-    """What torch.compile is applied to."""
+    """What torch.compile is applied to, and how."""
 
     scope: Literal["none", "model", "blocks"] = "none"
+    backend: BackendName = "inductor"
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    dynamic: bool | None = None
 
 
 class DataSection(Section):
@@ -240,6 +256,7 @@ class Values(Section):
     mesh: MeshSection = MeshSection()
     ddp: DdpSection = DdpSection()
     fsdp: FsdpSection = FsdpSection()
+    tensor_parallel: TensorParallelSection = TensorParallelSection()
     deepspeed: DeepspeedSection = DeepspeedSection()
     xla: XlaSection = XlaSection()
     compile: CompileSection = CompileSection()

@@ -51,8 +51,17 @@ def matching(model: nn.Module, pattern: str) -> list[nn.Module]:
 
 
 def _replace_forward(module: nn.Module, made_of: Callable[..., Callable[..., Any]]) -> None:
-    plain = vars(module).get("forward")
-    module.forward = MethodType(made_of(plain or type(module).forward, bound=plain is not None), module)
+    plain: Any = vars(module).get("forward")
+    if (
+        getattr(plain, "__self__", None) is module
+    ):  # taken apart, so that a copy computes with its own parameters
+        plain = plain.__func__
+        run = made_of(plain, bound=False)
+        vars(run)[_MARK] = partial(MethodType, plain)
+    else:
+        run = made_of(plain or type(module).forward, bound=plain is not None)
+        vars(run)[_MARK] = plain and (lambda _: plain)
+    module.forward = MethodType(run, module)
 
 
 def _keep_in(dtype: torch.dtype, model: nn.Module) -> None:
@@ -66,10 +75,10 @@ def remove_precision(model: nn.Module) -> nn.Module:
     for module in model.modules():
         current = vars(module).get("forward")
         if current is not None and _MARK in vars(current):
-            plain = vars(current)[_MARK]
+            plain_of = vars(current)[_MARK]
             del module.forward
-            if plain is not None:
-                module.forward = plain
+            if plain_of is not None:
+                module.forward = plain_of(module)
     return model
 
 
@@ -87,7 +96,6 @@ def _in_float32(
         with torch.autocast(device.type, enabled=False):
             return forward(*args, **kwargs) if bound else forward(self, *args, **kwargs)
 
-    setattr(run, _MARK, forward if bound else None)
     return run
 
 
@@ -107,5 +115,4 @@ def _under(
             return result.to(wide) if result.dtype == narrow else result
         return map_tensors(widen, result)
 
-    setattr(run, _MARK, forward if bound else None)
     return run

@@ -25,8 +25,10 @@ class Capabilities:
         model_and_optimizer_together: Whether `prepare` must see a model and its optimizer in one call.
         accumulates_itself: Whether it counts micro-steps on its own.
         scales_loss_itself: Whether it owns the fp16 loss scale.
+        whole_replicas: Whether every rank that reads different samples holds whole parameters.
         max_world_size: Largest number of ranks it runs on; None for any number.
-        axes: Axes of the mesh that it lays ranks out along; the last one takes the ranks for which no size is set.
+        axes: Axes of the mesh that it lays ranks out along.
+        free_axis: The one that takes the ranks for which no size is set.
     """
 
     devices: tuple[str, ...]
@@ -34,8 +36,10 @@ class Capabilities:
     model_and_optimizer_together: bool = False
     accumulates_itself: bool = False
     scales_loss_itself: bool = False
+    whole_replicas: bool = True
     max_world_size: int | None = None
     axes: tuple[str, ...] = ("replicate",)
+    free_axis: str = "replicate"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from distrib.collectives.base import Collectives
@@ -185,7 +186,7 @@ class DDP(Single):
     def _wrap(self, model: nn.Module) -> nn.Module:
         if self._alone:
             return model
-        if not _is_trained(model):
+        if not _is_trained(model) or isinstance(model, AveragedModel):  # an average follows what is trained
             return self.prepare_for_evaluation(model)
         device = self.runtime.device
         with _names_in_errors():
@@ -371,20 +372,22 @@ class FirstStep:
 
 
 class _NoSync:
-    """`DistributedDataParallel.no_sync` of some models, which can be entered again and again at no cost."""
+    """`DistributedDataParallel.no_sync` of some models, which can be entered again and again, and within itself."""
 
     def __init__(self, models: Sequence[DistributedDataParallel]) -> None:
         self._models = models
+        self._before: list[list[bool]] = []
 
     def __enter__(self) -> None:
+        self._before.append([model.require_backward_grad_sync for model in self._models])
         for model in self._models:
             # A static graph is learned in the first backward of all, which has to average (torch 2.13: INTERNAL ASSERT).
             if not model.static_graph or model._static_graph_delay_allreduce_enqueued:
                 model.require_backward_grad_sync = False
 
     def __exit__(self, *error: object) -> None:
-        for model in self._models:
-            model.require_backward_grad_sync = True
+        for model, before in zip(self._models, self._before.pop(), strict=True):
+            model.require_backward_grad_sync = before
 
 
 def _reached_twice(said: str) -> StrategyError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -19,13 +22,16 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from distrib.collectives.sync import take_over
+from distrib.errors import NotBuiltError, StrategyError
 from distrib.logging import notice
 from distrib.precision.autocast import matching
 from distrib.state import Box, Runtime, ShardedState, Slice, TensorSpec, TrainState, whole
 from distrib.strategies import batchnorm, meta, slices
 from distrib.strategies.base import Capabilities, StepResult, Strategy
+from distrib.strategies.blocks import Forwards
 from distrib.strategies.fsdp_units import Units, find_units, tree
 from distrib.strategies.gradients import norm_to_the_power, scale_and_check
 from distrib.strategies.placing import (
@@ -35,8 +41,13 @@ from distrib.strategies.placing import (
     refuse_half_precision,
     refuse_wrapped,
 )
+from distrib.strategies.tensor import find_plan, parallelise
 
 _STEPPED = StepResult(stepped=True)
+_QUIET = "_distrib_quiet"  # attribute of a model: how many contexts keep its gradients on the rank
+_MOST_APART = (
+    1e-3  # relative difference of gradients that should be equal; one that is divided differs by about 1
+)
 
 
 class FSDP(Strategy):
@@ -50,7 +61,9 @@ class FSDP(Strategy):
     memory while gradients accumulate, for more communication).
     """
 
-    capabilities: ClassVar[Capabilities] = Capabilities(("cpu", "cuda", "xpu"), axes=("replicate", "shard"))
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        ("cpu", "cuda", "xpu"), whole_replicas=False, axes=("replicate", "shard", "tensor"), free_axis="shard"
+    )
 
     def __init__(self, runtime: Runtime, options: Mapping[str, object]) -> None:
         super().__init__(runtime, options)
@@ -60,13 +73,18 @@ class FSDP(Strategy):
         self._always_reduces = options.get("reduce_each_micro_step") is True
         self._sync_batchnorm = options.get("sync_batchnorm") is True
         self._alone = runtime.collectives.world_size == 1
-        self._replicas = runtime.mesh.size("replicate")
+        self._data, self._tensor = runtime.mesh.data_parallel_size, runtime.mesh.size("tensor")
+        plan = options.get("plan", "auto")
+        self._plan = tuple(plan) if isinstance(plan, tuple) else None
         on_cpu = runtime.device.type == "cpu"
         self._offload = (
             CPUOffloadPolicy(pin_memory=not on_cpu) if options.get("cpu_offload") is True else OffloadPolicy()
         )
-        self._device_mesh = None if self._alone else self._make_mesh()
+        self._device_mesh: Any = None if self._alone else self._make_mesh()
         self._replaced = Replaced()
+        self._tensor_peers = runtime.collectives.among(runtime.mesh.groups("tensor"))
+        self._compared: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._names = WeakIdKeyDictionary()  # parameter as optimizers know it -> name
         self._units: list[tuple[str, Units]] = []
         self._said_batchnorm = False
 
@@ -109,24 +127,37 @@ class FSDP(Strategy):
         self, parameters: Sequence[nn.Parameter], max_norm: float, norm_type: float = 2.0
     ) -> Tensor:
         norm_type = float(norm_type)
-        is_largest = norm_type == torch.inf
-        power = norm_to_the_power(_local_gradients(parameters, DTensor), norm_type, self._device)
-        power = self.runtime.collectives.all_reduce_(power, "max" if is_largest else "sum")
-        whole_ones = norm_to_the_power(_local_gradients(parameters, whole=True), norm_type, self._device)
-        if is_largest:
-            total = torch.maximum(power, whole_ones)
-        else:  # replicas of a shard have all been added
-            total = (power / self._replicas + whole_ones).pow(1 / norm_type)
+        alike: dict[int, list[Tensor]] = {}  # number of different parts of the whole -> local gradients
+        for parameter in parameters:
+            if parameter.grad is not None:
+                alike.setdefault(_num_parts(parameter.grad), []).append(_local(parameter.grad))
+        powers = [
+            (norm_to_the_power(gradients, norm_type, self._device), parts)
+            for parts, gradients in alike.items()
+        ]
+        total = torch.zeros((), device=self._device)
+        if norm_type == torch.inf:
+            for power, _ in powers:
+                total = torch.maximum(total, power)
+            total = self.runtime.collectives.all_reduce_(total, "max")
+        else:  # a part is on world size / parts ranks, all of which add it
+            for power, parts in powers:
+                total = total + power * (parts / self.runtime.collectives.world_size)
+            total = self.runtime.collectives.all_reduce_(total).pow(1 / norm_type)
         factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        for gradient in (gradients := _local_gradients(parameters)):
-            gradient.mul_(factor.to(gradient.device, gradient.dtype))
-        return total.to(gradients[0].dtype) if gradients else total
+        for gradients in alike.values():
+            for gradient in gradients:
+                gradient.mul_(factor.to(gradient.device, gradient.dtype))
+        return total
 
     def clip_grad_value_(self, parameters: Sequence[nn.Parameter], clip_value: float) -> None:
         for gradient in _local_gradients(parameters):
             gradient.clamp_(-clip_value, clip_value)
 
     def step(self, optimizer: Optimizer) -> StepResult:
+        if self._tensor > 1 and optimizer not in self._compared:
+            self._compared.add(optimizer)
+            self._compare_replicas(optimizer)
         optimizer.step()
         return _STEPPED
 
@@ -180,7 +211,8 @@ class FSDP(Strategy):
     def whole_state_dict(self, model: nn.Module) -> dict[str, Any]:
         self._spread_buffers([model])
         found = self.unwrap(model).state_dict()
-        return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
+        with _without_advice():
+            return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -189,6 +221,10 @@ class FSDP(Strategy):
         Every rank has to make the same changes. In mixed precision the whole parameters are in the compute dtype, and
         only parameters that were changed are taken back.
         """
+        if self._tensor > 1:
+            raise NotBuiltError(
+                "gathered with mesh.tensor", fix="take whole tensors from get_state_dict(model)"
+            )
         root = _root(model)
         _reshard(root)
         self._spread_buffers([model])
@@ -227,14 +263,28 @@ class FSDP(Strategy):
 
     def _make_mesh(self) -> Any:
         mesh = self.runtime.mesh
-        axes = [axis for axis in ("replicate", "shard") if axis == "shard" or mesh.size(axis) > 1]
-        return init_device_mesh(
+        axes = [x for x in ("replicate", "shard", "tensor") if x == "shard" or mesh.size(x) > 1]
+        made = init_device_mesh(
             self.runtime.device.type, tuple(map(mesh.size, axes)), mesh_dim_names=tuple(axes)
         )
+        if len(axes) > 1:  # groups are connected through rank 0's store, which must not leave before all are
+            self.runtime.collectives.barrier("making the mesh")
+        return made
+
+    @property
+    def _data_mesh(self) -> Any:
+        """The mesh without the axes along which ranks read the same samples."""
+        names = tuple(x for x in self._device_mesh.mesh_dim_names if x != "tensor")
+        return self._device_mesh[names] if self._tensor > 1 else self._device_mesh
+
+    def _say(self, text: str) -> None:
+        if self.runtime.topology.is_main:
+            notice(text)
 
     def _place(self, model: nn.Module) -> None:
         """Apply the precision policy, take rank 0's values over and shard the model, in place. Collective."""
         root = _root(model)
+        Forwards(self.options, say=self.runtime.topology.is_main).replace(model, self._wrap)
         with self._replaced.watching(root):
             if self._alone:
                 if meta.is_empty(root):
@@ -244,9 +294,17 @@ class FSDP(Strategy):
             self._see_to_batchnorm(root)
             take_over(root, self.runtime.collectives)
             apply_policy(model, self.runtime)
-            self._shard_units(root)
+            if self._tensor > 1:
+                plan = find_plan(root, self._tensor, self._plan)
+                parallelise(root, self._device_mesh["tensor"], plan)
+                self._say(
+                    f"tensor parallel: {len(plan.styles)} modules over {self._tensor} ranks ({plan.reason})"
+                )
+            if self._data > 1:
+                self._shard_units(root)
             if meta.is_empty(root):
                 meta.materialise(root, self._home, self.runtime.collectives, _put_shard)
+            self._names.update({x: slices.plain_name(name) for name, x in root.named_parameters()})
 
     def _shard_units(self, root: nn.Module) -> None:
         units = find_units(root, self._wrap)
@@ -256,8 +314,7 @@ class FSDP(Strategy):
         for name in reversed(units.names):  # inner ones before what is around them
             self._shard(root.get_submodule(name), is_root=False)
         self._shard(root, is_root=True)
-        if self.runtime.topology.is_main:
-            notice(f"fsdp: {type(root).__name__} in {len(units.names) + 1} units ({units.reason})")
+        self._say(f"fsdp: {type(root).__name__} in {len(units.names) + 1} units ({units.reason})")
 
     def _in_float32(self, root: nn.Module) -> list[nn.Module]:
         precision = self.runtime.precision
@@ -277,7 +334,7 @@ class FSDP(Strategy):
             policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=reduce, cast_forward_inputs=False)
         fully_shard(
             module,
-            mesh=self._device_mesh,
+            mesh=self._data_mesh,
             # The model's own unit comes first in the backward: resharding it would gather it again at once.
             reshard_after_forward=self._reshards and not is_root,
             mp_policy=policy,
@@ -286,6 +343,30 @@ class FSDP(Strategy):
         assert isinstance(module, FSDPModule)
         # A parameter that only some ranks used would else be missing from their part of the exchange.
         module.set_reduce_scatter_unused_params(True, recurse=False)
+
+    def _compare_replicas(self, optimizer: Optimizer) -> None:
+        """Find out, in an optimizer's first step, whether a plan leaves whole what works on divided values. Collective.
+
+        What is whole on ranks that share matrix products sees the same values there, so it has the same gradient. Where
+        it works on what is divided, each rank has only its part of the gradient, and the replicas would part.
+
+        Raises:
+            StrategyError: D0835, naming the parameters.
+        """
+        parameters = [x for group in optimizer.param_groups for x in group["params"] if x.grad is not None]
+        whole = [x for x in parameters if not _is_divided_along("tensor", x)]
+        mine = torch.stack([_local(x.grad).double().norm().cpu() for x in whole] or [torch.zeros(())])
+        everyone = self._tensor_peers.gather(mine.view(1, -1))
+        apart = (everyone - everyone[0]).abs().amax(0) > _MOST_APART * everyone.abs().amax(0)
+        if bool(everyone.isfinite().all()) and bool(apart.any()):
+            names = [self._names.get(x, "?") for x, differs in zip(whole, apart, strict=False) if differs]  # type: ignore[no-untyped-call]
+            raise StrategyError(
+                "D0835",
+                f"ranks that share matrix products have different gradients of {slices.listed(names)}, which they hold "
+                "whole: these work on values that are divided",
+                where="tensor_parallel.plan",
+                fix="end what is divided before them with rowwise or colwise_gather_output",
+            )
 
     def _see_to_batchnorm(self, model: nn.Module) -> None:
         if self._sync_batchnorm:
@@ -305,18 +386,22 @@ class FSDP(Strategy):
 
 
 class _NoSync:
-    """Micro-steps of some models whose gradients stay on the rank, whole; can be entered again and again."""
+    """Micro-steps of some models whose gradients stay on the rank, whole; can be entered again, also within itself."""
 
     def __init__(self, roots: Sequence[FSDPModule]) -> None:
         self._roots = roots
 
     def __enter__(self) -> None:
-        for root in self._roots:
-            root.set_requires_gradient_sync(False)
+        self._change(1)
 
     def __exit__(self, *error: object) -> None:
+        self._change(-1)
+
+    def _change(self, by: int) -> None:
         for root in self._roots:
-            root.set_requires_gradient_sync(True)
+            depth = vars(root).get(_QUIET, 0) + by
+            vars(root)[_QUIET] = depth
+            root.set_requires_gradient_sync(depth == 0)
 
 
 def _root(model: nn.Module) -> nn.Module:
@@ -339,16 +424,39 @@ def _forget_aborted(root: nn.Module) -> None:
         reset()
 
 
-def _local_gradients(
-    parameters: Iterable[nn.Parameter], kind: type[Tensor] = Tensor, *, whole: bool = False
-) -> list[Tensor]:
-    """Return the gradients that lie on this rank: of shards as plain tensors; with `whole` only of what is no shard."""
-    found = []
-    for parameter in parameters:
-        gradient = parameter.grad
-        if isinstance(gradient, kind) and not (whole and isinstance(gradient, DTensor)):
-            found.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
-    return found
+def _local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients as they lie on this rank, plain tensors."""
+    return [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _num_parts(tensor: Tensor) -> int:
+    """Return into how many different parts the whole is divided over the ranks."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
+
+
+def _is_divided_along(axis: str, parameter: Tensor) -> bool:
+    if not isinstance(parameter, DTensor):
+        return False
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return axis in names and not parameter.placements[names.index(axis)].is_replicate()
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep torch from telling every rank that a tensor divided along two axes is gathered in two operations."""
+    log = logging.getLogger("torch.distributed.tensor._redistribute")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _box(shard: DTensor) -> Box:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from distrib.state import Runtime, ShardedState, TensorSpec, TrainState
 from distrib.strategies import meta, slices
 from distrib.strategies.base import Capabilities, StepResult, Strategy
+from distrib.strategies.blocks import Forwards
 from distrib.strategies.gradients import scale_and_check
 from distrib.strategies.placing import (
     Replaced,
@@ -50,10 +51,11 @@ class Single(Strategy):
         return self.place(model)
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device and apply the precision policy, in place."""
+        """Move a model to the device, replace its forwards and apply the precision policy, in place."""
         if meta.is_empty(model):
             with self._replaced.watching(model):
                 meta.materialise(model, self.runtime.device, self.runtime.collectives)
+        Forwards(self.options, say=self.runtime.topology.is_main).replace(model)
         return apply_policy(model.to(self.runtime.device), self.runtime)
 
     def gradient_sync(self, models: Sequence[nn.Module], *, enabled: bool) -> AbstractContextManager[None]:

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from distrib.errors import ConfigError
 
-AXES = ("replicate", "shard", "tensor", "context", "pipeline", "expert")
+AXES = (
+    "pipeline",
+    "replicate",
+    "shard",
+    "context",
+    "tensor",
+    "expert",
+)  # neighbours talk most along the last ones
+DATA_AXES = ("replicate", "shard")  # along them ranks read different samples
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,22 @@ class Mesh:
     @property
     def data_parallel_size(self) -> int:
         """How many ranks read different samples: what divides the global batch."""
-        return self.size("replicate") * self.size("shard")
+        return math.prod(map(self.size, DATA_AXES))
+
+    def groups(self, *axes: str) -> list[list[int]]:
+        """Return the groups of ranks that differ along `axes` only, each in ascending order; every rank is in one."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(math.prod(size for _, size in self.axes)):
+            place = self.coordinates(rank)
+            found.setdefault(tuple(n for axis, n in place.items() if axis not in axes), []).append(rank)
+        return list(found.values())
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Return the place of `rank` along each axis; the last axis varies fastest."""
+        place: dict[str, int] = {}
+        for axis, size in reversed(self.axes):
+            rank, place[axis] = divmod(rank, size)
+        return dict(reversed(place.items()))
 
 
 def resolve_mesh(sizes: Mapping[str, int], world_size: int, *, where: str | None = None) -> Mesh:

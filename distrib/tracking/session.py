@@ -29,7 +29,8 @@ class Session:
         names: Names in the registry.
         own: Trackers that the script has made itself.
         registry: Where names are looked up.
-        collectives: How values are reduced.
+        collectives: All ranks.
+        readers: Those whose values count: ranks that read different samples.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Session:
         own: Iterable[Tracker],
         registry: Registry[type[Tracker]],
         collectives: Collectives,
+        readers: Collectives,
     ) -> None:
         self._names, self._own, self._registry = tuple(dict.fromkeys(names)), tuple(own), registry
-        self._collectives = collectives
+        self._collectives, self._readers = collectives, readers
         self._running: dict[str, Tracker] | None = None
         self._told: set[str] = set()
         self._last_step: int | None = None
@@ -85,7 +87,7 @@ class Session:
 
     def log(self, values: Mapping[str, Any], step: int | None) -> dict[str, float]:
         """Reduce values over the ranks, and let each tracker of the main rank write them. Collective."""
-        reduced = reduce_values(values, self._collectives)
+        reduced = reduce_values(values, self._readers)
         if self._collectives.rank == 0:
             self._count(step)
             if self._running is None and self._all_names:

@@ -89,7 +89,7 @@ class Accumulation:
         scaler: LossScaler | None = None,
         names: Callable[[], Mapping[int, str]] = dict,
     ) -> None:
-        self.strategy, self._collectives, self.live = strategy, runtime.collectives, live
+        self.strategy, self._readers, self.live = strategy, runtime.readers, live
         self._device, self._steps, self._scaler, self._names = runtime.device, steps, scaler, names
         wide, _ = runtime.device_backend.supports(torch.float64)
         self._count_dtype = torch.float64 if wide else torch.float32
@@ -104,7 +104,7 @@ class Accumulation:
         self._number = 0  # of the current one
         self._is_alone = steps == 1  # whether the current micro-step is the only one of its window
         self._mean_weight, self._correction = 1 / steps, 1.0
-        self._sum_weight = self._collectives.world_size
+        self._sum_weight = self._readers.world_size
         self.divides = scaler is not None  # whether `finish` has anything to do
         self.scopes: dict[tuple[nn.Module, ...], MicroStepScope] = {}
         self._outside = self.accumulate(())
@@ -156,7 +156,7 @@ class Accumulation:
         window.divided = True
         factor = self._correction / window.loss_scale if window.kind == "mean" else 1 / window.loss_scale
         if window.kind == "sum":
-            total = float(self._collectives.all_reduce_(self._scalar(window.total)))
+            total = float(self._readers.all_reduce_(self._scalar(window.total)))
             if not total:
                 window.unusable = NOTHING_COUNTED
                 return
@@ -235,7 +235,7 @@ class Accumulation:
         self.micro_step = step
         if step is None or loader is None:  # the loop over a loader has ended
             self.closes, self._mean_weight, self._correction = True, 1 / self._steps, 1.0
-            self._sum_weight = self._collectives.world_size
+            self._sum_weight = self._readers.world_size
             self._serial = self._windows = self._windows + 1
             self._is_alone = self._steps == 1
             return False
@@ -248,7 +248,7 @@ class Accumulation:
         self._number, self._serial = loader.numbers
         self._mean_weight, self._correction = loader.weight_of_mean, loader.correction
         self.divides = self.divides or self._correction != 1
-        self._sum_weight = self._collectives.world_size if loader.has_samples else 0
+        self._sum_weight = self._readers.world_size if loader.has_samples else 0
         return True
 
     def _note(self, optimizer: PreparedOptimizer, count: Count | None, scale: float) -> None:
@@ -284,7 +284,7 @@ class Accumulation:
         """Return what summed losses are multiplied by in fp16: a power of two near 1 / count, the same all run long."""
         assert self._scaler is not None, "only a loss scale needs it"
         if self._scaler.sum_factor is None:  # the first sum of the run: collective
-            most = self._collectives.all_reduce_(self._scalar(count), "max")
+            most = self._readers.all_reduce_(self._scalar(count), "max")
             self._scaler.sum_factor = float(2.0 ** -int(torch.log2(most.clamp_min(1)).ceil()))
         return self._scaler.sum_factor
 

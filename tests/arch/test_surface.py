@@ -26,6 +26,7 @@ PUBLIC = {
     "TopologyError": "distrib.errors",
     "TrainingError": "distrib.errors",
     "get_logger": "distrib.logging",
+    "LocalSGD": "distrib.local_sgd",
     "init_empty": "distrib.strategies.meta",
     "launch": "distrib_launcher.functions",
     "notebook_launcher": "distrib_launcher.functions",

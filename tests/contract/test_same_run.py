@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distrib.testing import run_ranks
-from tests.contract.layouts import PLAIN, VARIED
+from tests.contract.layouts import PLAIN, VARIED, readers
 from tests.contract.plain import train_plainly
 from tests.contract.training import shuffled_order, train
 
@@ -97,7 +97,7 @@ def test_drop_leaves_out_the_last_shorter_batch(strategy, world_size):
 @pytest.mark.parametrize("counted", [False, True], ids=["mean", "tokens"])
 def test_every_layout_gives_the_parameters_of_a_plain_loop(layout, world_size, counted):
     n, micro, accumulation = 53, 2, 3
-    size = micro * world_size * accumulation
+    size = micro * readers(layout, world_size) * accumulation
     expected = train_plainly(n, size, STEPS, lambda _: list(range(n)), counted=counted, clip=0.3)
     for found in run_ranks(
         train, world_size, layout, n, micro, accumulation, STEPS, counted=counted, clip=0.3

@@ -76,8 +76,8 @@ def test_a_config_in_code_tells_all_its_problems() -> None:
 
 
 def test_a_config_in_code_refuses_what_is_not_built() -> None:
-    with pytest.raises(NotBuiltError, match="activation_checkpointing"):
-        RunConfig(activation_checkpointing="none")
+    with pytest.raises(NotBuiltError, match="on_signal"):
+        RunConfig(checkpoint={"on_signal": False})
 
 
 def test_paths_and_integers_of_other_types_are_taken() -> None:

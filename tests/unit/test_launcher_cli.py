@@ -239,7 +239,7 @@ def test_the_explanation_has_every_value_with_its_source(capfd: pytest.CaptureFi
     assert "  seed = 4  (--seed)" in lines
     assert "  launch.grace_s = 3.0  (DISTRIB_LAUNCH__GRACE_S)" in lines
     assert "  data.tail = 'exact'  (default)" in lines
-    assert not any("mesh.tensor" in line for line in lines)  # nobody can set it yet
+    assert not any("mesh.context" in line for line in lines)  # nobody can set it yet
 
 
 @pytest.mark.parametrize(
