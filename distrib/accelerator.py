@@ -320,6 +320,8 @@ class Accelerator:
     def _prepare_trained(self, models: list[nn.Module], optimizers: list[Optimizer]) -> None:
         seed = self._run_seed()
         state = self._strategy.prepare(TrainState(tuple(models), tuple(optimizers)))
+        for known in self._run.optimizers:
+            known.find_parameters()
         self._run.models.extend(state.models)
         for model, wrapped in zip(models, state.models, strict=True):
             self._run.remember(model, wrapped)
@@ -446,7 +448,8 @@ class Accelerator:
             0-d: the global norm before clipping; in mid-window, that of the last complete window (0 at first).
         """
         if self._accumulation.closes:
-            parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)  # type: ignore[list-item]
+            listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+            parameters = self._strategy.as_prepared(listed)  # type: ignore[arg-type]
             if self._accumulation.divides:
                 self._accumulation.finish_for(parameters)
             self._last_norm = self._strategy.clip_grad_norm_(parameters, max_norm, norm_type)
@@ -455,7 +458,8 @@ class Accelerator:
     def clip_grad_value_(self, parameters: Iterable[nn.Parameter] | nn.Parameter, clip_value: float) -> None:
         """Clamp gradients to [-clip_value, clip_value], at a window's end; else do nothing. Collective."""
         if self._accumulation.closes:
-            parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)  # type: ignore[list-item]
+            listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+            parameters = self._strategy.as_prepared(listed)  # type: ignore[arg-type]
             if self._accumulation.divides:
                 self._accumulation.finish_for(parameters)
             self._strategy.clip_grad_value_(parameters, clip_value)

@@ -138,6 +138,14 @@ class Strategy(ABC):
         """Return the parameters of a prepared model as optimizers know them."""
         return list(model.parameters())
 
+    def as_prepared(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Return what stands in the places of parameters that may have been listed before `prepare`."""
+        return list(parameters)
+
+    def clear_gradients(self, optimizer: Optimizer, *, set_to_none: bool) -> None:
+        """Clear the gradients of an optimizer's parameters, wherever they lie."""
+        optimizer.zero_grad(set_to_none=set_to_none)
+
     def parameter_names(self, models: Sequence[nn.Module]) -> dict[int, str]:
         """Return the name in the plain module of each parameter that optimizers know, by its id."""
         return slices.parameter_names([self.unwrap(model) for model in models])

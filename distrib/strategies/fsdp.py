@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,9 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from distrib.collectives.sync import take_over
@@ -29,10 +32,18 @@ from distrib.errors import NotBuiltError, StrategyError
 from distrib.logging import notice
 from distrib.precision.autocast import matching
 from distrib.state import Box, Runtime, ShardedState, Slice, TensorSpec, TrainState, whole
-from distrib.strategies import batchnorm, meta, slices
+from distrib.strategies import batchnorm, fsdp_state, meta, slices
 from distrib.strategies.base import Capabilities, StepResult, Strategy
 from distrib.strategies.blocks import Forwards
-from distrib.strategies.fsdp_units import Units, find_units, tree
+from distrib.strategies.fsdp_units import (
+    Units,
+    find_units,
+    is_never_called,
+    refuse_unshardable,
+    tree,
+    unshardable,
+    without_shared,
+)
 from distrib.strategies.gradients import norm_to_the_power, scale_and_check
 from distrib.strategies.placing import (
     Replaced,
@@ -45,6 +56,10 @@ from distrib.strategies.tensor import find_plan, parallelise
 
 _STEPPED = StepResult(stepped=True)
 _QUIET = "_distrib_quiet"  # attribute of a model: how many contexts keep its gradients on the rank
+_LEFT = (
+    "_distrib_unexchanged"  # attribute of a model: whether micro-steps have ever kept gradients on the rank
+)
+_GATHERED = "_distrib_gathered"  # attribute of a model: whether it is in `gathered`
 _MOST_APART = (
     1e-3  # relative difference of gradients that should be equal; one that is divided differs by about 1
 )
@@ -82,6 +97,8 @@ class FSDP(Strategy):
         )
         self._device_mesh: Any = None if self._alone else self._make_mesh()
         self._replaced = Replaced()
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._tensor_peers = runtime.collectives.among(runtime.mesh.groups("tensor"))
         self._compared: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._names = WeakIdKeyDictionary()  # parameter as optimizers know it -> name
@@ -94,10 +111,14 @@ class FSDP(Strategy):
             if self.runtime.precision.loss_scaling == "dynamic":
                 refuse_half_precision(model)
             self._place(model)
-        for optimizer in state.optimizers:
+        self._optimizers.update(state.optimizers)
+        for optimizer in self._optimizers:  # also those that came before their model
             self._replaced.point(optimizer, _cut)
             move_state(optimizer)
         return state
+
+    def as_prepared(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        return self._replaced.now(parameters)
 
     def prepare_for_evaluation(self, model: nn.Module) -> nn.Module:
         self._place(model)
@@ -113,8 +134,10 @@ class FSDP(Strategy):
     def scale_gradients_(
         self, parameters: Iterable[nn.Parameter], factor: float, *, check_finite: bool = False
     ) -> bool:
+        parameters = list(parameters)
         gradients = _local_gradients(parameters)
         if not check_finite:
+            gradients += self._unexchanged(parameters)
             if gradients:
                 torch._foreach_mul_(gradients, factor)
             return True
@@ -126,6 +149,7 @@ class FSDP(Strategy):
     def clip_grad_norm_(
         self, parameters: Sequence[nn.Parameter], max_norm: float, norm_type: float = 2.0
     ) -> Tensor:
+        self._reshard_all()
         norm_type = float(norm_type)
         alike: dict[int, list[Tensor]] = {}  # number of different parts of the whole -> local gradients
         for parameter in parameters:
@@ -151,6 +175,7 @@ class FSDP(Strategy):
         return total
 
     def clip_grad_value_(self, parameters: Sequence[nn.Parameter], clip_value: float) -> None:
+        self._reshard_all()
         for gradient in _local_gradients(parameters):
             gradient.clamp_(-clip_value, clip_value)
 
@@ -158,20 +183,28 @@ class FSDP(Strategy):
         if self._tensor > 1 and optimizer not in self._compared:
             self._compared.add(optimizer)
             self._compare_replicas(optimizer)
+        self._reshard_all()  # what is whole after a forward would keep its old values
         optimizer.step()
         return _STEPPED
 
+    def clear_gradients(self, optimizer: Optimizer, *, set_to_none: bool) -> None:
+        optimizer.zero_grad(set_to_none=set_to_none)
+        if any(vars(root).get(_LEFT) for root in self._roots):
+            wanted = {id(x) for group in optimizer.param_groups for x in group["params"]}
+            for root in self._roots:
+                fsdp_state.forget_unexchanged(root, wanted)
+
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        _reshard(_root(model))
+        fsdp_state.reshard(_root(model))
         return list(model.parameters())
 
     def parameter_names(self, models: Sequence[nn.Module]) -> dict[int, str]:
         for model in models:
-            _reshard(_root(model))
+            fsdp_state.reshard(_root(model))
         return super().parameter_names(models)
 
     def replicated(self, model: nn.Module) -> dict[str, Tensor]:
-        _reshard(_root(model))
+        fsdp_state.reshard(_root(model))
         return {name: x for name, x in super().replicated(model).items() if not isinstance(x, DTensor)}
 
     def sharded_state(self, state: TrainState) -> ShardedState:
@@ -196,7 +229,7 @@ class FSDP(Strategy):
     ) -> AbstractContextManager[ShardedState]:
         models = [self.unwrap(model) for model in state.models]
         for model in models:
-            _forget_aborted(_root(model))
+            fsdp_state.forget_aborted(_root(model))
         return slices.loading_in_place(
             state,
             models,
@@ -226,19 +259,25 @@ class FSDP(Strategy):
                 "gathered with mesh.tensor", fix="take whole tensors from get_state_dict(model)"
             )
         root = _root(model)
-        _reshard(root)
+        fsdp_state.reshard(root)
         self._spread_buffers([model])
         shards = {name: x for name, x in root.named_parameters() if isinstance(x, DTensor)}
         units = [x for x in root.modules() if isinstance(x, FSDPModule)]
         for unit in units:
             unit.set_reshard_after_forward(reshard_after_forward=False, recurse=False)
             unit.unshard()
+        vars(root)[_GATHERED] = True
+        before = dict(root.named_parameters())
         try:
-            yield self.unwrap(model)
-            for name, now in root.named_parameters():
-                if name in shards:
-                    _take_back(shards[name], now)
+            with fsdp_state.whole_state_dicts(root):
+                yield self.unwrap(model)
+            now = dict(root.named_parameters())
+            if new := [name for name in {**before, **now} if before.get(name) is not now.get(name)]:
+                raise _replaced_inside(new)
+            for name, shard in shards.items():
+                _take_back(shard, now[name])
         finally:
+            vars(root)[_GATHERED] = False
             for unit in units:
                 unit.set_reshard_after_forward(
                     reshard_after_forward=self._reshards and unit is not root, recurse=False
@@ -247,6 +286,18 @@ class FSDP(Strategy):
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model
+
+    def _unexchanged(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Return whole gradients that micro-steps have left on this rank."""
+        if not any(vars(root).get(_LEFT) for root in self._roots):
+            return []
+        wanted = set(map(id, parameters))
+        return [x for root in self._roots for x in fsdp_state.unexchanged(root, wanted)]
+
+    def _reshard_all(self) -> None:
+        for root in self._roots:
+            if not vars(root).get(_GATHERED):
+                fsdp_state.reshard(root)
 
     def describe(self) -> str:
         """Return how each prepared model is divided into units, as a tree."""
@@ -305,25 +356,51 @@ class FSDP(Strategy):
             if meta.is_empty(root):
                 meta.materialise(root, self._home, self.runtime.collectives, _put_shard)
             self._names.update({x: slices.plain_name(name) for name, x in root.named_parameters()})
+        fsdp_state.begin(root)
+        self._roots.add(root)
+        if isinstance(root, FSDPModule):
+            root.register_forward_hook(_after_forward)
+            root.zero_grad = MethodType(_zero_grad, root)  # type: ignore[method-assign]
 
     def _shard_units(self, root: nn.Module) -> None:
         units = find_units(root, self._wrap)
+        refuse_unshardable(root, units)
         self._units.append((tree(root, units), units))
-        for module in self._in_float32(root):
-            self._shard(module, is_root=False, policy=MixedPrecisionPolicy())
-        for name in reversed(units.names):  # inner ones before what is around them
-            self._shard(root.get_submodule(name), is_root=False)
-        self._shard(root, is_root=True)
+        wide = self._in_float32(root)
+        norms: list[nn.Module] = [x for x in wide if isinstance(x, _BatchNorm)]
+        alone = [[x] for x in reversed(wide) if x not in norms]  # inner ones before what is around them
+        for modules in ([norms] if norms else []) + alone:  # all batch normalizations are one unit
+            self._shard(modules, is_root=False, policy=MixedPrecisionPolicy())
+        for name in reversed(units.names):
+            self._shard([root.get_submodule(name)], is_root=False)
+        self._shard([root], is_root=True)
         self._say(f"fsdp: {type(root).__name__} in {len(units.names) + 1} units ({units.reason})")
 
     def _in_float32(self, root: nn.Module) -> list[nn.Module]:
         precision = self.runtime.precision
         if precision.compute is None:
             return []
-        found = [x for pattern in precision.fp32_modules for x in matching(root, pattern)]
-        return [x for x in dict.fromkeys(found) if any(True for _ in x.parameters())]
+        asked_for = [x for pattern in precision.fp32_modules for x in matching(root, pattern)]
+        norms = [x for x in root.modules() if isinstance(x, _BatchNorm)]  # whose statistics are float32
+        wanted = {*asked_for, *norms}
+        found = [
+            name
+            for name, x in root.named_modules()
+            if x in wanted and any(True for _ in x.parameters()) and type(x).forward is not nn.Module.forward
+        ]
+        found = [name for name in found if not is_never_called(root, name)]
+        if tied := set(found) - set(without_shared(root, found)):
+            raise unshardable(
+                slices.listed(sorted(tied)),
+                f"parameters are tied to others, which travel in {precision.name}",
+                "leave it out of mixed_precision.fp32_modules",
+            )
+        return [root.get_submodule(name) for name in found]
 
-    def _shard(self, module: nn.Module, *, is_root: bool, policy: MixedPrecisionPolicy | None = None) -> None:
+    def _shard(
+        self, modules: list[nn.Module], *, is_root: bool, policy: MixedPrecisionPolicy | None = None
+    ) -> None:
+        module = modules[0]
         if isinstance(module, FSDPModule):
             return
         precision = self.runtime.precision
@@ -333,7 +410,7 @@ class FSDP(Strategy):
             # Inputs are converted by autocast where an operation wants it, as under every other strategy.
             policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=reduce, cast_forward_inputs=False)
         fully_shard(
-            module,
+            modules if len(modules) > 1 else module,
             mesh=self._data_mesh,
             # The model's own unit comes first in the backward: resharding it would gather it again at once.
             reshard_after_forward=self._reshards and not is_root,
@@ -401,6 +478,7 @@ class _NoSync:
         for root in self._roots:
             depth = vars(root).get(_QUIET, 0) + by
             vars(root)[_QUIET] = depth
+            vars(root)[_LEFT] = True  # from now on gradients may lie on the rank
             root.set_requires_gradient_sync(depth == 0)
 
 
@@ -410,18 +488,39 @@ def _root(model: nn.Module) -> nn.Module:
     return found
 
 
-def _reshard(root: nn.Module) -> None:
-    """Bring the shards back as the module's parameters: after an evaluation some are left whole."""
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+def _after_forward(root: nn.Module, _: Any, output: Any) -> None:
+    """Bring shards back where no backward is going to, and refuse an output in which torch finds no tensor."""
+    if not torch.is_grad_enabled():
+        if not vars(root).get(_GATHERED):
+            fsdp_state.reshard(root)
+        return
+    leaves = pytree.tree_leaves(output)
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in leaves) and (
+        strange := [x for x in leaves if not isinstance(x, (Tensor, str, bytes, int, float, type(None)))]
+    ):
+        raise StrategyError(
+            "D0836",
+            f"the forward of {type(root).__name__} returns a {type(strange[0]).__name__}, in which torch looks for no "
+            "tensors, so that nothing would be trained",
+            fix="return tensors, tuples, lists, dicts or named tuples of them, or a class that is registered with "
+            "torch.utils._pytree.register_pytree_node, as transformers' outputs are",
+        )
 
 
-def _forget_aborted(root: nn.Module) -> None:
-    """Let a model whose last forward or backward was ended by an exception start anew (torch 2.13 and later can)."""
-    reset = getattr(root, "reset_iter_state", None)
-    if isinstance(root, FSDPModule) and root._get_fsdp_state()._is_root and reset is not None:
-        reset()
+def _zero_grad(root: nn.Module, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 (torch's signature)
+    """Clear a model's gradients as its class does, and those that micro-steps have left on the rank."""
+    type(root).zero_grad(root, set_to_none)
+    if vars(root).get(_LEFT):
+        fsdp_state.forget_unexchanged(root, {id(x) for x in root.parameters()})
+
+
+def _replaced_inside(names: Collection[str]) -> StrategyError:
+    return StrategyError(
+        "D0837",
+        f"parameters have come or gone inside gathered: {slices.listed(sorted(names))}; they would be neither divided nor "
+        "averaged",
+        fix="change values in place there, and modules before prepare",
+    )
 
 
 def _local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from distrib.errors import StrategyError, did_you_mean
@@ -50,7 +51,59 @@ def find_units(model: nn.Module, wanted: Sequence[str] | None = None) -> Units:
         names, reason = _of_classes(model, classes), f"{', '.join(sorted(classes))}: not to be split"
     else:
         names, reason = list(_repeated(model, "")), "repeated blocks"
-    return Units(tuple(_without_shared(model, names)), reason if names else "no repeated blocks")
+    return Units(tuple(without_shared(model, names)), reason if names else "no repeated blocks")
+
+
+def refuse_unshardable(model: nn.Module, units: Units) -> None:
+    """Refuse what would be lost or fail late under sharding; lay parameters out in memory as sharding needs them.
+
+    Raises:
+        StrategyError: D0838, naming the parameter or module.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            if module.max_norm is not None:
+                raise unshardable(
+                    name, "it changes its weight in its forward (max_norm)", "normalise outside of it"
+                )
+            if module.sparse:
+                raise unshardable(name, "its gradients are sparse", "make it with sparse=False")
+    for name, parameter in model.named_parameters():
+        if not parameter.dim():
+            raise unshardable(name, "it has no dimension to divide", "give it the shape (1,)")
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise unshardable(name, "it has hooks, which its shard would not", "register them after prepare")
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+    for name in (*units.names, ""):
+        _check_dtypes(model, name, set(units.names) - {name})
+
+
+def _check_dtypes(model: nn.Module, unit: str, others: set[str]) -> None:
+    """Refuse trained parameters of several dtypes in one unit: they travel in one buffer."""
+    first: dict[torch.dtype, str] = {}
+    root = model.get_submodule(unit)
+    inner = [
+        f"{name[len(unit) + 1 if unit else 0 :]}."
+        for name in others
+        if name.startswith(f"{unit}." if unit else "")
+    ]
+    for name, parameter in root.named_parameters():
+        if parameter.requires_grad and not any(name.startswith(prefix) for prefix in inner):
+            first.setdefault(parameter.dtype, f"{unit}.{name}".lstrip("."))
+    if len(first) > 1:
+        listed = " and ".join(
+            f"{name} ({str(dtype).removeprefix('torch.')})" for dtype, name in first.items()
+        )
+        raise unshardable(
+            unit or "the model", f"trained parameters in one unit have several dtypes: {listed}",
+            "keep them in one format, or make the module with the other one a unit of its own (fsdp.wrap)",
+        )  # fmt: skip
+
+
+def unshardable(what: str, why: str, fix: str) -> StrategyError:
+    """Return the error that `what` cannot be sharded."""
+    return StrategyError("D0838", f"{what} cannot be sharded: {why}", fix=fix)
 
 
 def tree(model: nn.Module, units: Units) -> str:
@@ -115,7 +168,12 @@ def _is_block(child: nn.Module, siblings: Sequence[tuple[str, nn.Module]]) -> bo
     return (any(child.children()) and bool(parameters)) or sum(x.numel() for x in parameters) >= _LARGE
 
 
-def _without_shared(model: nn.Module, names: Sequence[str]) -> Iterator[str]:
+def is_never_called(model: nn.Module, name: str) -> bool:
+    """Whether what is around a module uses its parameters without calling it, as torch's attention does."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def without_shared(model: nn.Module, names: Sequence[str]) -> Iterator[str]:
     """Leave out what shares a parameter with the outside; a module used under several names counts as one."""
     uses: dict[int, int] = {}
     for module in set(model.modules()):

@@ -28,9 +28,10 @@ def norm_to_the_power(tensors: Sequence[Tensor], norm_type: float, device: torch
 
     Norms of parts are joined by adding these powers, or by the larger of two.
     """
-    if not tensors:
+    parts = [x for x in tensors if x.numel()]
+    if not parts:
         return torch.zeros((), device=device)
-    joined = torch.stack([x.to(device, _wide(x)) for x in torch._foreach_norm(list(tensors), norm_type)])
+    joined = torch.stack([x.to(device, _wide(x)) for x in torch._foreach_norm(parts, norm_type)])
     return joined.max() if norm_type == torch.inf else joined.pow(norm_type).sum()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,11 +34,17 @@ class Replaced:
                 given = before.get((id(module), name))
                 if given is not None and now is not given:
                     self._now[given] = now
+                    for key, value in vars(given).items():
+                        vars(now).setdefault(key, value)  # what users and libraries keep at a parameter
+
+    def now(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Return what stands in the places of these parameters."""
+        return [self._now.get(x, x) for x in parameters]  # type: ignore[no-untyped-call]
 
     def point(self, optimizer: Optimizer, convert: Callable[[Any, Tensor], Any] | None = None) -> None:
         """Let an optimizer step what stands in its parameters' places; `convert` fits state that it has already."""
         for group in optimizer.param_groups:
-            group["params"] = [self._now.get(x, x) for x in group["params"]]  # type: ignore[no-untyped-call]
+            group["params"] = self.now(group["params"])
         for given in [x for x in optimizer.state if x in self._now]:
             now, state = self._now[given], optimizer.state.pop(given)
             optimizer.state[now] = {

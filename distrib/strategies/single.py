@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -35,6 +36,7 @@ class Single(Strategy):
     def __init__(self, runtime: Runtime, options: Mapping[str, object]) -> None:
         super().__init__(runtime, options)
         self._replaced = Replaced()
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     def prepare(self, state: TrainState) -> TrainState:
         for model in state.models:
@@ -42,10 +44,14 @@ class Single(Strategy):
             if self.runtime.precision.loss_scaling == "dynamic":
                 refuse_half_precision(model)
             self.place(model)
-        for optimizer in state.optimizers:
+        self._optimizers.update(state.optimizers)
+        for optimizer in self._optimizers:  # also those that came before their model
             self._replaced.point(optimizer)
             move_state(optimizer)
         return state
+
+    def as_prepared(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        return self._replaced.now(parameters)
 
     def prepare_for_evaluation(self, model: nn.Module) -> nn.Module:
         return self.place(model)

@@ -39,7 +39,8 @@ class PreparedOptimizer(Optimizer):
     def __init__(self, optimizer: Optimizer, strategy: Strategy, accumulation: Accumulation) -> None:
         self.optimizer = optimizer
         self._strategy, self._accumulation = strategy, accumulation
-        self.parameter_ids = frozenset(id(parameter) for parameter in self.parameters())
+        self.parameter_ids: frozenset[int] = frozenset()
+        self.find_parameters()
         self.num_steps = 0
         self.stepped = False
         self.skipped = False
@@ -85,7 +86,9 @@ class PreparedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the user's optimizer."""
         self.optimizer.add_param_group(param_group)
-        self.parameter_ids = frozenset(id(parameter) for parameter in self.parameters())
+        added = self.optimizer.param_groups[-1]
+        added["params"] = self._strategy.as_prepared(added["params"])
+        self.find_parameters()
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Step at the window's end; between, do nothing.
@@ -117,11 +120,15 @@ class PreparedOptimizer(Optimizer):
         if self.content != "open" or self._accumulation.was_left():
             self.content, self.is_unfinished = "nothing", False
             self.window.serial = self.window.kind = None
-            self.optimizer.zero_grad(set_to_none=set_to_none)
+            self._strategy.clear_gradients(self.optimizer, set_to_none=set_to_none)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all parameters of all groups."""
         return list(chain.from_iterable(map(_PARAMETERS, self.optimizer.param_groups)))
+
+    def find_parameters(self) -> None:
+        """Note which parameters the groups hold: they have changed."""
+        self.parameter_ids = frozenset(id(parameter) for parameter in self.parameters())
 
     def trains(self, model: nn.Module) -> bool:
         """Whether any parameter of `model` is this optimizer's."""

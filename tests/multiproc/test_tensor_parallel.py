@@ -194,7 +194,7 @@ def language_model(settings: dict, folder: str, tied: bool) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("world_size", "tied"), [(2, True), (4, False)])
+@pytest.mark.parametrize(("world_size", "tied"), [(2, True), pytest.param(4, False, marks=pytest.mark.slow)])
 def test_a_llama_trains_by_its_own_plan_and_is_exported_whole(world_size, tied, tmp_path):
     pytest.importorskip("transformers", reason="needs Hugging Face's transformers")
     expected = run_ranks(language_model, 1, SINGLE, str(tmp_path / "one"), tied)[0]
