@@ -22,6 +22,7 @@ from distrib.checkpoint.background import Background, Pending
 from distrib.checkpoint.companions import write_model
 from distrib.checkpoint.export import Include
 from distrib.checkpoint.hooks import Hook, HookHandle, Hooks
+from distrib.checkpoint.place import is_unwritable
 from distrib.checkpoint.retention import Best
 from distrib.collectives.inputs import check_rank, check_tensors
 from distrib.collectives.split import split
@@ -868,6 +869,10 @@ class Accelerator:
         found = self._runtime.collectives.broadcast_object(found)
         if found is None and self.is_main_process:
             notice(f"no checkpoint in {self._checkpoints}: the run starts at its beginning")
+        if self.is_main_process and is_unwritable(
+            self._checkpoints
+        ):  # better now than after hours of training
+            notice(f"warning: {self._checkpoints} cannot be written to, so save_state is going to fail there")
         return found
 
     # Models

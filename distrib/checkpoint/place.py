@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -80,6 +81,14 @@ def take_place(target: Location, storage: Storage, *, durable: bool) -> Place:
     if isinstance(target, Url):
         return RemoteClaim.take(target)
     return Claim.take(target, storage, durable=durable)
+
+
+def is_unwritable(directory: Location) -> bool:
+    """Whether no checkpoint could be written in a directory that may have to be made; nobody knows of a URL."""
+    if isinstance(directory, Url):
+        return False
+    nearest = next(x for x in (directory, *directory.parents) if x.exists())
+    return not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK))
 
 
 def draft_at(temp: Location, storage: Storage, *, durable: bool) -> Draft:

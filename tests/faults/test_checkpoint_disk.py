@@ -135,6 +135,7 @@ def test_a_read_only_file_system_is_an_error_of_all_ranks_at_once(tmp_path):
         from tests.faults.saving import Job
 
         job = Job(sys.argv[1])
+        job.accelerator.load_state()
         job.advance()
         start = time.monotonic()
         try:
@@ -148,6 +149,7 @@ def test_a_read_only_file_system_is_an_error_of_all_ranks_at_once(tmp_path):
     assert done.returncode == 1, done.stderr
     assert "[(True, 'D0714', True), (True, 'D0714', True)]" in done.stdout
     assert "Read-only file system" in done.stderr
+    assert "cannot be written to, so save_state is going to fail" in done.stderr
 
 
 def test_a_full_disk_is_told_before_or_while_it_is_written_and_leaves_the_older_checkpoint(tmp_path):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import select
 import signal
-from collections.abc import Sequence
-from contextlib import closing
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,7 +44,8 @@ def logs(*, run: Path, ranks: tuple[int, ...], attempt: int | None, follow: bool
     try:
         with closing(View(RunFolder.find(run), ranks, attempt, lines)) as view:
             if follow:
-                view.follow(moves_on=attempt is None)
+                with _ended_by_control_c():
+                    view.follow(moves_on=attempt is None)
             else:
                 view.show()
     except _ReaderGoneError:
@@ -51,6 +53,19 @@ def logs(*, run: Path, ranks: tuple[int, ...], attempt: int | None, follow: bool
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+@contextmanager
+def _ended_by_control_c() -> Iterator[None]:
+    """Let Ctrl-C end the process at once: as an exception it is lost where Python ignores those, as in finalizers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _ReaderGoneError(Exception):
