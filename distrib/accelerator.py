@@ -59,9 +59,7 @@ from distrib.training import Accumulation, PreparedOptimizer, PreparedScheduler
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_NOT_BUILT = frozenset({
-    "profile", "progress", "should_stop",
-})  # fmt: skip
+_NOT_BUILT = frozenset({"profile", "progress", "should_stop"})
 
 
 @dataclass(frozen=True)
