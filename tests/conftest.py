@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import psutil
@@ -11,6 +12,10 @@ _OURS = (
     "forkserver",
     "resource_tracker",
 )  # helpers of multiprocessing, which live as long as the test session
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell has what it starts in the background ignore it, and so would every process that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _children() -> set[psutil.Process]:
