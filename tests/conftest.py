@@ -13,9 +13,10 @@ _OURS = (
     "resource_tracker",
 )  # helpers of multiprocessing, which live as long as the test session
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell has what it starts in the background ignore it, and so would every process that a test starts.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell has what it starts in the background ignore these, and so would every process that a test starts.
+for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 
 def _children() -> set[psutil.Process]:
