@@ -143,6 +143,13 @@ def _mesh(config: RunConfig, strategy: str, knows: Capabilities, world_size: int
                 where=_where(config, f"mesh.{axis}"),
                 fix="leave it out, or choose another strategy",
             )
+    if mesh.size("tensor") == 1 and config.is_set("tensor_parallel.plan"):
+        raise ConfigError(
+            "D0107",
+            "a plan says how matrix products are divided, but mesh.tensor is 1",
+            where=_where(config, "tensor_parallel.plan"),
+            fix="set mesh.tensor, or remove the plan",
+        )
     return mesh
 
 

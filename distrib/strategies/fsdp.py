@@ -59,6 +59,7 @@ _QUIET = "_distrib_quiet"  # attribute of a model: how many contexts keep its gr
 _LEFT = (
     "_distrib_unexchanged"  # attribute of a model: whether micro-steps have ever kept gradients on the rank
 )
+_LOOKED = "_distrib_looked"  # attribute of a model: whether its output has been looked into
 _GATHERED = "_distrib_gathered"  # attribute of a model: whether it is in `gathered`
 _MOST_APART = (
     1e-3  # relative difference of gradients that should be equal; one that is divided differs by about 1
@@ -95,6 +96,10 @@ class FSDP(Strategy):
         self._offload = (
             CPUOffloadPolicy(pin_memory=not on_cpu) if options.get("cpu_offload") is True else OffloadPolicy()
         )
+        if options.get("cpu_offload") is True and self._data == 1:
+            self._say(
+                "fsdp.cpu_offload does nothing here: no ranks read different samples, so nothing is sharded"
+            )
         self._device_mesh: Any = None if self._alone else self._make_mesh()
         self._replaced = Replaced()
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -418,8 +423,9 @@ class FSDP(Strategy):
             offload_policy=self._offload,
         )
         assert isinstance(module, FSDPModule)
-        # A parameter that only some ranks used would else be missing from their part of the exchange.
-        module.set_reduce_scatter_unused_params(True, recurse=False)
+        # A parameter that only some ranks used would else be missing from their part of the exchange (torch 2.13 and later).
+        if hasattr(module, "set_reduce_scatter_unused_params"):
+            module.set_reduce_scatter_unused_params(True, recurse=False)
 
     def _compare_replicas(self, optimizer: Optimizer) -> None:
         """Find out, in an optimizer's first step, whether a plan leaves whole what works on divided values. Collective.
@@ -494,6 +500,9 @@ def _after_forward(root: nn.Module, _: Any, output: Any) -> None:
         if not vars(root).get(_GATHERED):
             fsdp_state.reshard(root)
         return
+    if vars(root).get(_LOOKED):
+        return
+    vars(root)[_LOOKED] = True
     leaves = pytree.tree_leaves(output)
     if not any(isinstance(x, Tensor) and x.requires_grad for x in leaves) and (
         strange := [x for x in leaves if not isinstance(x, (Tensor, str, bytes, int, float, type(None)))]

@@ -247,8 +247,8 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all():
     assert run_ranks(overflowing, 2) == [(0.5, True, True)] * 2
 
 
-def aborted(folder: str) -> tuple[float, float]:
-    """Return the loss after a checkpoint, and after coming back to it from a forward that was ended in the middle."""
+def aborted(folder: str, where: str) -> tuple[float, float]:
+    """Return the loss after a checkpoint, and after coming back to it from a step that was ended in the middle."""
     accelerator = accelerator_of(project_dir=folder)
     model = Net()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
@@ -261,17 +261,20 @@ def aborted(folder: str) -> tuple[float, float]:
     def interrupt(*_):
         raise MemoryError("in the middle")
 
-    handle = accelerator.unwrap_model(model).norm.register_forward_pre_hook(interrupt)
+    norm = accelerator.unwrap_model(model).norm
+    begins = norm.register_forward_pre_hook if where == "forward" else norm.register_full_backward_pre_hook
+    handle = begins(interrupt)
     with pytest.raises(MemoryError):
-        model(tokens)
+        accelerator.backward(model(tokens).square().mean())
     handle.remove()
     accelerator.load_state()
     step(accelerator, model, optimizer)
     return expected, model(tokens).square().mean().item()
 
 
-def test_a_run_goes_on_from_its_checkpoint_after_a_forward_that_was_interrupted(tmp_path):
-    for expected, found in run_ranks(aborted, 2, str(tmp_path)):
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_run_goes_on_from_its_checkpoint_after_a_step_that_was_interrupted(tmp_path, where):
+    for expected, found in run_ranks(aborted, 2, str(tmp_path), where):
         assert found == expected
 
 

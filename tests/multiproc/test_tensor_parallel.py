@@ -201,3 +201,12 @@ def test_a_llama_trains_by_its_own_plan_and_is_exported_whole(world_size, tied, 
     settings = {"strategy": "fsdp", "mesh": {"tensor": 2}}
     for found in run_ranks(language_model, world_size, settings, str(tmp_path / "many"), tied):
         assert found == pytest.approx(expected, abs=2e-5)
+
+
+def planned_for_nothing() -> None:
+    Accelerator(RunConfig(strategy="fsdp", device="cpu", tensor_parallel=HALVES))
+
+
+def test_a_plan_without_ranks_that_share_products_is_refused():
+    with pytest.raises(Exception, match=r"(?s)D0107.*mesh.tensor is 1"):
+        run_ranks(planned_for_nothing, 2)
