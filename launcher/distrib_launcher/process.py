@@ -515,15 +515,17 @@ def _signals(selector: selectors.BaseSelector) -> Iterator[None]:
     handled = [*_STOP_SIGNALS, signal.SIGCHLD]
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
         handled.remove(signal.SIGHUP)
-    before = {number: signal.signal(number, lambda *_: None) for number in handled}
-    before_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     selector.register(read, selectors.EVENT_READ, ("signal", None))
+    before = {number: signal.getsignal(number) for number in handled}
+    before_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # first, since our handlers do nothing
     try:
+        for number in handled:
+            signal.signal(number, lambda *_: None)
         yield
     finally:
-        signal.set_wakeup_fd(before_fd)
         for number, handler in before.items():
             if handler is not None:  # else it was not installed from Python, and cannot be put back
                 signal.signal(number, handler)
+        signal.set_wakeup_fd(before_fd)
         os.close(read)
         os.close(write)

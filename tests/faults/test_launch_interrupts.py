@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -171,10 +172,14 @@ IGNORE = (
 )
 
 
-def test_an_interrupt_during_start_up_prints_no_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize("after_s", [0, 0, 0, 0, 0, 0, 0.002, 0.01, 0.05, 0.3, 1.0])
+def test_an_interrupt_during_start_up_is_heard_and_prints_no_traceback(
+    tmp_path: Path, after_s: float
+) -> None:
     with launching("-n", 8, script(tmp_path, "import time; time.sleep(1000)"), cwd=tmp_path) as launcher:
         assert launcher.stderr is not None
         assert "8 processes" in launcher.stderr.readline()
+        time.sleep(after_s)
         launcher.send_signal(signal.SIGINT)
         done = ended(launcher)
 
