@@ -24,7 +24,7 @@ check: $(VENV)/.dev  ## Format, lint, types, layers and unit tests, in under a m
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/arch tests/unit
+	$(BIN)/python -m pytest -q -n 2 tests/arch tests/unit
 
 bench: $(VENV)/.bench  ## Compare cost with hand-written PyTorch and Accelerate; SUITES="steps data" for some
 	$(BIN)/python -m benchmarks $(SUITES)
