@@ -17,6 +17,7 @@ test: $(VENV)/.dev  ## Everything but the long runs
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: $(VENV)/.dev-hf  ## Everything, with whole matrices, storms and soaks, and Hugging Face's data sets
+	$(BIN)/python -m distrib.strategies.deepspeed build-ops
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.dev  ## Format, lint, types, layers and unit tests, in under a minute

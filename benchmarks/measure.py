@@ -133,13 +133,19 @@ def num_collectives(function: Callable[[], object]) -> int:
     return sum(event.name.startswith("c10d::") for event in profile.events())
 
 
-def peak_mb(function: Callable[[], object]) -> float:
-    """Return how far the resident size rose above its value at the start, at its peak, in 10**6 bytes."""
+def peak_mb(function: Callable[[], object], above: float | None = None) -> float:
+    """Return how far the resident size rose, at its peak, above `above` or its value at the start, in 10**6 bytes."""
     give_back_memory()
     Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak becomes the present size
-    before = _resident_kb("VmRSS")
+    before = resident_mb() if above is None else above
     function()
-    return (_resident_kb("VmHWM") - before) * 1024 / MEGA
+    return resident_mb("VmHWM") - before
+
+
+def resident_mb(key: str = "VmRSS") -> float:
+    """Return the resident size of this process, or its peak (VmHWM), in 10**6 bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024 / MEGA
 
 
 def give_back_memory() -> None:
@@ -161,8 +167,3 @@ def quiet() -> contextlib.AbstractContextManager[Any]:
 def _cpu_clock() -> float:
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
-
-
-def _resident_kb(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))

@@ -52,6 +52,7 @@ from distrib.run_state import RunState, begin_save, check_metrics, load_run
 from distrib.seeding import derive, part_noise_streams, set_seed
 from distrib.startup import call_site, read_config, start
 from distrib.state import TrainState
+from distrib.strategies.pipeline_run import Batch
 from distrib.strategies.slices import plain_name
 from distrib.topology import Mesh, Topology
 from distrib.tracking import TRACKERS, Session, Tracker, split_names
@@ -89,7 +90,7 @@ class Accelerator:
     Args:
         config: Settings, or a file of them. Default: what `distrib launch` passed, else the file that
             DISTRIB_CONFIG_FILE names, else defaults.
-        strategy: "auto", "single", "ddp" or "fsdp".
+        strategy: "auto", "single", "ddp", "fsdp" or "deepspeed".
         mixed_precision: "no", "bf16" or "fp16".
         gradient_accumulation_steps: Micro-steps per optimizer step; 1 by default. Not together with the next.
         global_batch_size: Samples per optimizer step over all ranks.
@@ -436,7 +437,58 @@ class Accelerator:
         """
         if kwargs:
             raise NotBuiltError(f"backward({', '.join(kwargs)}=...)")
-        self._accumulation.backward(loss, count)
+        factor = self._accumulation.enter(loss, count)
+        self._strategy.backward(loss if factor == 1 else loss * factor)
+
+    def pipeline_step(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        targets: Any,
+        loss_function: Callable[[Any, Any], Tensor],
+        *,
+        count: int | Tensor | None = None,
+        microbatches: int | None = None,
+    ) -> Tensor:
+        """Run forward, loss and backward of one micro-step, through all stages of a model that is cut. Collective.
+
+        Under `torch.no_grad` there is no backward. A model that is not cut runs all of it at once, with the same result.
+
+        Args:
+            model: A prepared model; called as `model(inputs)`.
+            inputs: A tensor (rows, *s), or tensors of equally many rows in any nesting.
+            targets: The same; None if the loss needs none.
+            loss_function: Called as `loss_function(outputs, targets)`, once for each microbatch; what it needs of the
+                batch has to be in `targets`. Returns the mean over its rows; with `count` a sum.
+            count: What the sums count, as in `backward`.
+            microbatches: Into how many parts the batch is cut; by default `pipeline.microbatches`.
+
+        Returns:
+            The mean loss over this rank's batch, 0-d and detached, the same on all ranks that hold parts of the model.
+
+        Raises:
+            TrainingError: as `backward`.
+            StrategyError: if the batch cannot be cut, or a unit returns what cannot travel.
+        """
+        batch = Batch(inputs, targets, loss_function, microbatches=microbatches)
+        return self._accumulation.step_through(model, batch, count)
+
+    def pipeline_forward(self, model: nn.Module, inputs: Any, *, microbatches: int | None = None) -> Any:
+        """Return the outputs of a model that may be cut into stages, without gradients. Collective.
+
+        Args:
+            model: A prepared model; called as `model(inputs)`.
+            inputs: A tensor (rows, *s), or tensors of equally many rows in any nesting.
+            microbatches: Into how many parts the batch is cut; by default `pipeline.microbatches`.
+
+        Returns:
+            Tensors (rows, *t), the same on all ranks that hold parts of the model.
+        """
+        runner = self._strategy.runner_of(model)
+        if runner is not None:
+            return runner.forward(Batch(inputs, microbatches=microbatches))
+        with torch.no_grad():
+            return model(inputs)
 
     def clip_grad_norm_(
         self, parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: float, norm_type: float = 2
@@ -647,7 +699,7 @@ class Accelerator:
         )
         info = {
             "strategy": type(self._strategy).__name__,
-            "config": dict(self._config.set_values()),
+            "config": {**self._config.set_values(), **self._strategy.used_settings()},
             **self._tracking.stored(),
         }
         keep, given = self._config.checkpoint, {name: float(value) for name, value in (metrics or {}).items()}

@@ -13,7 +13,7 @@ import torch
 
 from distrib.collectives import connect_ranks
 from distrib.config import RunConfig, from_wire, load_config, with_code
-from distrib.config.schema import show
+from distrib.config.schema import default_of, sections, show, value_at
 from distrib.devices import choose_device
 from distrib.errors import ConfigError, StrategyError
 from distrib.precision import resolve_precision
@@ -21,6 +21,9 @@ from distrib.state import Runtime
 from distrib.strategies import Capabilities, Strategy, choose_strategy
 from distrib.topology import DATA_AXES, Mesh, detect_topology, resolve_mesh
 from distrib.topology.threads import threads_per_rank, usable_cores
+
+# section of the configuration -> the axis of the mesh that it is about
+_ABOUT = {"tensor_parallel": "tensor", "context_parallel": "context", "pipeline": "pipeline"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +101,8 @@ def start(config: RunConfig, env: Mapping[str, str]) -> Startup:
     mesh = _mesh(config, name, strategy.capabilities, topology.world_size)
     device = backend.bind(topology.local_rank)
     precision = resolve_precision(config.mixed_precision, backend, where=_where(config, "mixed_precision"))
+    if config.matmul_precision is not None:
+        torch.set_float32_matmul_precision(config.matmul_precision)
     threads, threads_reason = threads_per_rank(env, usable_cores(), topology.local_world_size)
     if topology.world_size > 1:
         torch.set_num_threads(threads)
@@ -112,12 +117,13 @@ def start(config: RunConfig, env: Mapping[str, str]) -> Startup:
     runtime = Runtime(topology, mesh, device, backend, collectives, readers, precision)
     summary = (
         f"{topology.world_size} process{'es' if topology.world_size > 1 else ''} ({topology.source}), "
-        f"strategy {name} ({strategy_reason}), device {device} ({device_reason}), precision {precision.name}, "
-        f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} each"
+        f"strategy {name} ({strategy_reason}), device {device} ({device_reason}), precision {precision.name}"
+        + (f", matmul precision {config.matmul_precision}, " if config.matmul_precision else ", ")
+        + f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} each"
         + (f" ({threads_reason})" if topology.world_size > 1 else "")
         + (f", config {config.file}" if config.file else "")
     )
-    return Startup(runtime, strategy(runtime, _options_of(name, config)), summary)
+    return Startup(runtime, strategy(runtime, {**_options_of(name, config), "env": env}), summary)
 
 
 def _mesh(config: RunConfig, strategy: str, knows: Capabilities, world_size: int) -> Mesh:
@@ -125,7 +131,8 @@ def _mesh(config: RunConfig, strategy: str, knows: Capabilities, world_size: int
 
     Raises:
         ConfigError: if the sizes do not multiply to the world size.
-        StrategyError: D0832, if ranks are asked for along an axis that the strategy does not know.
+        StrategyError: D0832, if ranks are asked for along an axis that the strategy does not know; D0841, along two that
+            do not go together; D0859, along that of experts.
     """
     sizes = config.mesh.model_dump()
     unset = [axis for axis in sizes if not config.is_set(f"mesh.{axis}")]
@@ -135,6 +142,7 @@ def _mesh(config: RunConfig, strategy: str, knows: Capabilities, world_size: int
         sizes[free[0]] = -1
     first = next((axis for axis in sizes if axis not in unset), "replicate")
     mesh = resolve_mesh(sizes, world_size, where=_where(config, f"mesh.{first}"))
+    _refuse_experts(config, mesh)
     for axis, size in mesh.axes:
         if size > 1 and axis not in knows.axes:
             raise StrategyError(
@@ -143,14 +151,61 @@ def _mesh(config: RunConfig, strategy: str, knows: Capabilities, world_size: int
                 where=_where(config, f"mesh.{axis}"),
                 fix="leave it out, or choose another strategy",
             )
-    if mesh.size("tensor") == 1 and config.is_set("tensor_parallel.plan"):
+    for one, other in knows.apart:
+        if mesh.size(one) > 1 and mesh.size(other) > 1:
+            raise StrategyError(
+                "D0841",
+                f"mesh.{one} is {mesh.size(one)} and mesh.{other} is {mesh.size(other)}, but strategy {strategy} does not "
+                "divide a model along both",
+                where=_where(config, f"mesh.{one}"),
+                fix="leave one of them out",
+            )
+    _refuse_without_effect(config, mesh)
+    return mesh
+
+
+def _refuse_experts(config: RunConfig, mesh: Mesh) -> None:
+    """Refuse an axis of experts, with what to do instead.
+
+    Raises:
+        StrategyError: D0859.
+    """
+    if mesh.size("expert") == 1:
+        return
+    raise StrategyError(
+        "D0859",
+        f"mesh.expert is {mesh.size('expert')}, but experts have no axis of their own: each model's mixture layer "
+        "would have to send tokens to the ranks of their experts, and torch has no style for that",
+        where=_where(config, "mesh.expert"),
+        fix="leave it out: under fsdp every expert is sharded over mesh.shard like other parameters, under ddp every rank "
+        "has all experts; docs/sharding.md (Limits) says what that costs",
+    )
+
+
+def _refuse_without_effect(config: RunConfig, mesh: Mesh) -> None:
+    """Refuse settings about an axis along which there is one rank, and a combination that is not built.
+
+    Raises:
+        ConfigError: D0107.
+    """
+    for section, axis in _ABOUT.items():
+        for key in sections()[section].model_fields:
+            name = f"{section}.{key}"
+            if config.is_set(name) and value_at(config, name) != default_of(name) and mesh.size(axis) == 1:
+                raise ConfigError(
+                    "D0107",
+                    f"{name} does nothing, since mesh.{axis} is 1",
+                    where=_where(config, name),
+                    fix=f"set mesh.{axis}, or remove {name}",
+                )
+    if mesh.size("context") > 1 and config.compile.scope != "none":
         raise ConfigError(
             "D0107",
-            "a plan says how matrix products are divided, but mesh.tensor is 1",
-            where=_where(config, "tensor_parallel.plan"),
-            fix="set mesh.tensor, or remove the plan",
+            f"compile.scope is {config.compile.scope}, but mesh.context is {mesh.size('context')}; blocks that work on "
+            "parts of sequences are not compiled",
+            where=_where(config, "compile.scope"),
+            fix="remove one of the two",
         )
-    return mesh
 
 
 def _options_of(name: str, config: RunConfig) -> dict[str, object]:
@@ -161,7 +216,10 @@ def _options_of(name: str, config: RunConfig) -> dict[str, object]:
         "sync_batchnorm": config.sync_batchnorm,
         "activation_checkpointing": config.activation_checkpointing,
         "compile": config.compile.model_dump(),
-        "plan": config.tensor_parallel.plan,
+        **config.tensor_parallel.model_dump(),
+        "context_attention": config.context_parallel.attention,
+        "pipeline": config.pipeline.model_dump(),
+        "explicit": config.set_values(),
     }
 
 

@@ -158,7 +158,7 @@ def coverage_problem(shape: Shape, slices: Sequence[Where]) -> str | None:
     if outside is not None:
         return f"{describe(outside)} does not lie within shape {shape}"
     found, expected = sum(map(size_of, slices)), numel(shape)
-    twice = _first_overlap(shape, slices)
+    twice = _first_overlap(shape, slices) if len(slices) > 1 else None
     if twice is not None:
         return f"{describe(twice[0])} and {describe(twice[1])} overlap"
     return None if found == expected else f"{found} of {expected} elements are held"

@@ -128,6 +128,22 @@ class Collectives(ABC):
         """
 
     @abstractmethod
+    def all_to_all(self, rows: torch.Tensor) -> torch.Tensor:
+        """Give row j to rank j, and return the rows that came, in rank order; unchecked: for inner loops. Collective.
+
+        Args:
+            rows: (world size, *s), contiguous, of the same shape and dtype on all ranks.
+        """
+
+    @abstractmethod
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return every rank's tensor, (world size, *s) in rank order; unchecked: for inner loops. Collective.
+
+        Args:
+            tensor: (*s), contiguous, of the same shape and dtype on all ranks.
+        """
+
+    @abstractmethod
     def among(self, groups: Sequence[Sequence[int]]) -> Collectives:
         """Return the collectives of this rank's group. Collective, over all ranks.
 

@@ -227,6 +227,17 @@ class ProcessGroupCollectives(Collectives):
         self._with_peers("scatter", dist.scatter, received, sent, self._global(source), self._cpu_group)
         return received
 
+    def all_to_all(self, rows: torch.Tensor) -> torch.Tensor:
+        came, group = torch.empty_like(rows), self._cpu_group if rows.is_cpu else self._group
+        self._with_peers("all_to_all", dist.all_to_all_single, came, rows, None, None, group)
+        return came
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        everyone = tensor.new_empty(self.world_size, *tensor.shape)
+        group = self._cpu_group if tensor.is_cpu else self._group
+        self._with_peers("all_gather", all_gather_single, everyone.view(-1), tensor.view(-1), group)
+        return everyone
+
     def barrier(self, why: str) -> None:
         # nobody leaves before everybody's frame has come
         self._agree(Signature(f"barrier({why})"), what=f"{why} at {call_site()}")

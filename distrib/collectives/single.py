@@ -67,6 +67,12 @@ class SingleCollectives(Collectives):
         assert parts is not None, "the only rank is the source"
         return received.copy_(parts[0])
 
+    def all_to_all(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unsqueeze(0)
+
     def barrier(self, why: str) -> None:
         return None
 

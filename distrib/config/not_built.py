@@ -9,8 +9,7 @@ from typing import Final
 
 # Keys, or whole sections, of which no value can be set.
 KEYS: Final = frozenset({
-    "mesh.context", "mesh.pipeline", "mesh.expert",
-    "deepspeed", "xla",
+    "xla",
     "checkpoint.on_signal",
     "watch.heartbeat_s", "watch.silence_s", "watch.report_s", "watch.verify_collectives", "watch.nonfinite",
     "launch.preempt_grace_s",
@@ -39,10 +38,11 @@ class AllBut(tuple[object, ...]):
 
 # Keys of which only these values can be set; a row goes when all that the schema allows is built.
 BUILT_VALUES: Final[dict[str, tuple[object, ...]]] = {
-    "strategy": ("auto", "single", "ddp", "fsdp"),
+    "strategy": ("auto", "single", "ddp", "fsdp", "deepspeed"),
     "device": ("auto", "cpu", "cuda", "mps", "xpu"),
-    "mixed_precision": AllBut("no", "fp16", "bf16", planned=("fp8",)),
     "tracking.log_with": AllBut("jsonl", "tensorboard", planned=("wandb", "mlflow")),
+    "deepspeed.offload_optimizer": ("none", "cpu"),
+    "deepspeed.offload_param": ("none", "cpu"),
     "launch.backend": ("local",),
     "launch.nnodes": (1,),
 }

@@ -123,7 +123,7 @@ class PrecisionSection(Section):
     """`mixed_precision` spelled out: a number format for each role."""
 
     param: Dtype = "fp32"
-    compute: Dtype = "bf16"
+    compute: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
     reduce: Dtype = "fp32"
     output: Dtype = "fp32"
     loss_scaling: Literal["none", "dynamic"] = "none"
@@ -147,6 +147,8 @@ class DdpSection(Section):
     find_unused_parameters: bool | Literal["auto"] = "auto"
     static_graph: bool = False
     comm_hook: Literal["none", "fp16", "bf16", "powersgd"] = "none"
+    bucket_cap_mb: Count | None = None
+    gradient_as_bucket_view: bool = False
 
 
 class FsdpSection(Section):
@@ -156,12 +158,28 @@ class FsdpSection(Section):
     reduce_each_micro_step: bool = False
     cpu_offload: bool = False
     wrap: Literal["auto"] | ClassNames = "auto"
+    prefetch: Count = 1
 
 
 class TensorParallelSection(Section):
     """How matrix products are divided along the axis `mesh.tensor`."""
 
     plan: Literal["auto"] | PlanEntries = "auto"
+    sequence: bool = False
+
+
+class ContextParallelSection(Section):
+    """How attention works on sequences that are divided along the axis `mesh.context`."""
+
+    attention: Literal["ulysses", "ring"] = "ulysses"
+
+
+class PipelineSection(Section):
+    """How batches run through the stages that lie along the axis `mesh.pipeline`."""
+
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = "1f1b"
+    microbatches: Count | None = None
+    stages_per_rank: Count = 1
 
 
 class DeepspeedSection(Section):
@@ -249,6 +267,7 @@ class Values(Section):
     strategy: Strategy = "auto"
     device: Device = "auto"
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | PrecisionSection = "no"
+    matmul_precision: Literal["highest", "high", "medium"] | None = None
     seed: Seed | None = None
     global_batch_size: Count | None = None
     gradient_accumulation_steps: Count | None = None
@@ -257,6 +276,8 @@ class Values(Section):
     ddp: DdpSection = DdpSection()
     fsdp: FsdpSection = FsdpSection()
     tensor_parallel: TensorParallelSection = TensorParallelSection()
+    context_parallel: ContextParallelSection = ContextParallelSection()
+    pipeline: PipelineSection = PipelineSection()
     deepspeed: DeepspeedSection = DeepspeedSection()
     xla: XlaSection = XlaSection()
     compile: CompileSection = CompileSection()

@@ -42,6 +42,8 @@ class DeviceBackend(ABC):
     """torch's device type: "cpu", "cuda"."""
     comm_backend: ClassVar[str | None]
     """torch.distributed back-end for tensors on this device: "gloo", "nccl"; None where there is none."""
+    has_ring_attention: ClassVar[bool] = False
+    """Whether torch has attention over parts of sequences, between which keys and values travel."""
 
     @abstractmethod
     def available(self) -> tuple[bool, str]:
@@ -61,7 +63,10 @@ class DeviceBackend(ABC):
 
     @abstractmethod
     def supports(self, dtype: torch.dtype) -> tuple[bool, str]:
-        """Whether computing in `dtype` works on the bound device, and the reason in a few words."""
+        """Whether computing in `dtype` works on the bound device, and the reason in a few words.
+
+        `torch.float8_e4m3fn` asks for matrix products in float8, as `mixed_precision: fp8` has them.
+        """
 
     @abstractmethod
     def seed(self, seed: int) -> None:

@@ -10,6 +10,7 @@ from distrib.devices.base import Copier, DeviceBackend, Memory, check_local_rank
 from distrib.devices.copying import StreamCopier
 
 _FIRST_BF16_CAPABILITY = (8, 0)  # Ampere; older GPUs only emulate it, slowly
+_FIRST_FP8_CAPABILITY = (8, 9)  # Ada and Hopper
 
 
 class CudaDevice(DeviceBackend):
@@ -17,6 +18,7 @@ class CudaDevice(DeviceBackend):
 
     name: ClassVar[str] = "cuda"
     comm_backend: ClassVar[str | None] = "nccl"
+    has_ring_attention: ClassVar[bool] = True
 
     def available(self) -> tuple[bool, str]:
         if not (torch.version.cuda or torch.version.hip):
@@ -38,13 +40,20 @@ class CudaDevice(DeviceBackend):
     def supports(self, dtype: torch.dtype) -> tuple[bool, str]:
         if dtype in (torch.float64, torch.float32, torch.float16):
             return True, f"every GPU computes in {dtype}"
-        if dtype is not torch.bfloat16:
+        if dtype not in (torch.bfloat16, torch.float8_e4m3fn):
             return False, f"{dtype} is no format to train a whole model in"
+        name = str(dtype).removeprefix("torch.")
         if torch.version.hip:
-            return True, "ROCm computes in bfloat16"
-        major, minor = torch.cuda.get_device_capability()
-        works = (major, minor) >= _FIRST_BF16_CAPABILITY
-        return works, f"compute capability {major}.{minor}, and bfloat16 needs 8.0"
+            return (
+                dtype is torch.bfloat16,
+                f"ROCm {'computes' if dtype is torch.bfloat16 else 'was not tried'} in {name}",
+            )
+        first = _FIRST_BF16_CAPABILITY if dtype is torch.bfloat16 else _FIRST_FP8_CAPABILITY
+        found = torch.cuda.get_device_capability()
+        return (
+            found >= first,
+            f"compute capability {found[0]}.{found[1]}, and {name} needs {first[0]}.{first[1]}",
+        )
 
     def seed(self, seed: int) -> None:
         torch.cuda.manual_seed(seed)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from distrib.collectives.trees import map_tensors
+from distrib.precision import fp8
 from distrib.precision.policy import PrecisionPolicy
 
 _MARK = "_distrib_plain_forward"
@@ -71,7 +72,8 @@ def _keep_in(dtype: torch.dtype, model: nn.Module) -> None:
 
 
 def remove_precision(model: nn.Module) -> nn.Module:
-    """Undo `apply_precision`, but for the dtype of parameters."""
+    """Undo `apply_precision`, but for the dtype of parameters, and put layers that multiply in float8 back."""
+    fp8.restore(model)
     for module in model.modules():
         current = vars(module).get("forward")
         if current is not None and _MARK in vars(current):

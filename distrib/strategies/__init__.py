@@ -15,6 +15,7 @@ STRATEGIES: Registry[type[Strategy]] = Registry(
         "single": "distrib.strategies.single:Single",
         "ddp": "distrib.strategies.ddp:DDP",
         "fsdp": "distrib.strategies.fsdp:FSDP",
+        "deepspeed": "distrib.strategies.deepspeed:DeepSpeed",
     },
 )
 

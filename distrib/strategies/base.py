@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distrib.state import Runtime, ShardedState, TensorSpec, TrainState
 from distrib.strategies import slices
+
+if TYPE_CHECKING:
+    from distrib.strategies.pipeline_run import Runner
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Capabilities:
         max_world_size: Largest number of ranks it runs on; None for any number.
         axes: Axes of the mesh that it lays ranks out along.
         free_axis: The one that takes the ranks for which no size is set.
+        apart: Pairs of axes of which only one may have several ranks.
     """
 
     devices: tuple[str, ...]
@@ -40,6 +44,7 @@ class Capabilities:
     max_world_size: int | None = None
     axes: tuple[str, ...] = ("replicate",)
     free_axis: str = "replicate"
+    apart: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,14 @@ class Strategy(ABC):
         """Return the plain model's state dict with whole tensors, on every rank. Collective."""
         with self.gathered(model) as plain:
             return plain.state_dict()
+
+    def used_settings(self) -> dict[str, Any]:
+        """Return what a back-end was set up with beyond the run's own settings, dotted key -> value, for checkpoints."""
+        return {}
+
+    def runner_of(self, model: nn.Module) -> Runner | None:
+        """Return what runs batches through a model that is cut into stages; None for a model with a forward."""
+        return None
 
     @abstractmethod
     def gathered(self, model: nn.Module) -> AbstractContextManager[nn.Module]:

@@ -1,7 +1,7 @@
-"""What the settings ask of a model's forwards under every strategy: activation checkpointing and `torch.compile`.
+"""What the settings ask of a model's forwards under every strategy: parts of sequences, checkpointing, `torch.compile`.
 
 Forwards are replaced on the instances, as precision does: modules keep their classes, names and hooks. From the inside
-out a forward is recomputed, compiled, run under autocast; hooks, such as those that gather a sharded unit, are around all.
+out a forward works on parts, is recomputed, compiled, run under autocast; hooks, such as those that gather a sharded unit, are around all.
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ from torch import nn
 
 from distrib.logging import notice
 from distrib.strategies.compiling import Forward, compiling
+from distrib.strategies.context import ContextParallel, on_parts
 from distrib.strategies.fsdp_units import find_units
 from distrib.strategies.recomputing import recomputing
 
-_RECOMPUTES, _COMPILED = "_distrib_recomputes", "_distrib_compiled"  # marks on replaced forwards
+# marks on replaced forwards
+_ON_PARTS, _RECOMPUTES, _COMPILED = "_distrib_on_parts", "_distrib_recomputes", "_distrib_compiled"
 
 
 class Forwards:
-    """Applies `activation_checkpointing` and `compile` to models.
+    """Applies `mesh.context`, `activation_checkpointing` and `compile` to models.
 
     Args:
-        options: Of the strategy; it has the keys of these names.
+        options: Of the strategy; it has the keys of the latter two names.
+        parts: Divides sequences.
         say: Whether this rank tells what was done.
     """
 
-    def __init__(self, options: Mapping[str, Any], *, say: bool) -> None:
+    def __init__(self, options: Mapping[str, Any], parts: ContextParallel, *, say: bool) -> None:
+        self._parts = parts
         self._recompute = options.get("activation_checkpointing", "none")
         self._compile: Mapping[str, Any] = options.get("compile", {"scope": "none"})
         self._say = say
@@ -45,14 +49,26 @@ class Forwards:
         """
         root: nn.Module = getattr(model, "_orig_mod", model)
         scope = self._compile["scope"]
-        if self._recompute == "none" and scope == "none":
+        if self._recompute == "none" and scope == "none" and self._parts.size == 1:
             return
-        names, reason = _outermost(root, wanted)
+        names, reason = outermost(root, wanted)
         blocks = [root.get_submodule(name) for name in names]
+        if self._parts.size > 1:
+            self._divide_sequences_in(root, names)
         if self._recompute != "none":
             self._recompute_in(root, blocks, reason)
         if scope != "none":
             self._compile_in(model, [root] if scope == "model" else blocks, reason)
+
+    def _divide_sequences_in(self, root: nn.Module, names: list[str]) -> None:
+        divided = self._parts.divide(root, names)
+        _replace([root.get_submodule(name) for name in divided], _ON_PARTS, on_parts)
+        blocks = f"{len(divided)} blocks" if len(divided) != 1 else "1 block"
+        self._tell(
+            f"context parallel: {blocks} of {type(root).__name__} over {self._parts.size} ranks"
+            if divided
+            else f"warning: mesh.context does nothing for {type(root).__name__}: it has no list of repeated blocks"
+        )
 
     def _recompute_in(self, root: nn.Module, blocks: list[nn.Module], reason: str) -> None:
         setting = f"activation_checkpointing {self._recompute}"
@@ -84,7 +100,7 @@ class Forwards:
             notice(text)
 
 
-def _outermost(root: nn.Module, wanted: Sequence[str] | None) -> tuple[list[str], str]:
+def outermost(root: nn.Module, wanted: Sequence[str] | None) -> tuple[list[str], str]:
     """Return the blocks of a model by name, each once and none inside of another, and why these."""
     units = find_units(root, wanted)
     names: list[str] = []
@@ -118,7 +134,7 @@ def _replace(modules: list[nn.Module], mark: str, made_of: Callable[[Forward], F
 
 
 def _marks_of(forward: Any) -> dict[str, bool]:
-    return {mark: True for mark in (_RECOMPUTES, _COMPILED) if getattr(forward, mark, False)}
+    return {mark: True for mark in (_ON_PARTS, _RECOMPUTES, _COMPILED) if getattr(forward, mark, False)}
 
 
 def _taking_self(forward: Forward) -> Forward:

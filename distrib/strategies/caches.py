@@ -25,13 +25,14 @@ def without_empty_caches(
     Returns:
         `args` and `kwargs`, and whether a cache is left in them.
     """
-    caches = [x for x in (*args, *kwargs.values()) if _is_cache(x)]
+    caches = [x for x in (*args, *kwargs.values()) if is_cache(x)]
     is_wanted = not (module.training and torch.is_grad_enabled()) or any(x.get_seq_length() for x in caches)
     if not caches or is_wanted:
         return args, dict(kwargs), bool(caches)
-    kept = {name: None if _is_cache(x) else x for name, x in kwargs.items()}
-    return tuple(None if _is_cache(x) else x for x in args), kept, False
+    kept = {name: None if is_cache(x) else x for name, x in kwargs.items()}
+    return tuple(None if is_cache(x) else x for x in args), kept, False
 
 
-def _is_cache(x: object) -> bool:
+def is_cache(x: object) -> bool:
+    """Whether this is a key/value cache of transformers."""
     return hasattr(x, "get_seq_length")

@@ -33,6 +33,7 @@ from distrib.strategies.single import Single
 
 _SPENT: Final = "spent"  # true, as DDP wants it; see DDP.backward
 _POWERSGD: Final = "ddp_powersgd"  # name in a checkpoint
+_BUCKETING: Final = ("bucket_cap_mb", "gradient_as_bucket_view")  # given on to torch
 _UNFINISHED = re.compile(r"Parameters which did not receive grad for rank \d+: (.*)")
 _TWICE = re.compile(r"Parameter at index \d+ with name (\S+) has been marked as ready twice")
 _STEPPED = StepResult(stepped=True)
@@ -41,13 +42,14 @@ _STEPPED = StepResult(stepped=True)
 class DDP(Single):
     """torch's DistributedDataParallel around each model that has something to train."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(("cpu", "cuda", "xpu"))
+    capabilities: ClassVar[Capabilities] = Capabilities(("cpu", "cuda", "xpu"), axes=("replicate", "context"))
 
     def __init__(self, runtime: Runtime, options: Mapping[str, object]) -> None:
         super().__init__(runtime, options)
         self._looks = options.get("find_unused_parameters", "auto")
         self._static = options.get("static_graph") is True
         self._hook = str(options.get("comm_hook", "none"))
+        self._bucketing: dict[str, Any] = {key: options[key] for key in _BUCKETING if key in options}
         if self._hook == "none" and runtime.precision.reduce is not None:
             self._hook = next(name for name, x in ddp_hooks.FORMATS.items() if x is runtime.precision.reduce)
         self._sync_batchnorm = options.get("sync_batchnorm") is True
@@ -195,6 +197,7 @@ class DDP(Single):
                 device_ids=None if device.type == "cpu" else [device.index],
                 find_unused_parameters=self._looks is True,
                 static_graph=self._static,
+                **self._bucketing,
             )
         if self._hook != "none":
             self._compress(wrapped)

@@ -28,13 +28,14 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from distrib.collectives.sync import take_over
-from distrib.errors import NotBuiltError, StrategyError
+from distrib.errors import StrategyError
 from distrib.logging import notice
 from distrib.precision.autocast import matching
 from distrib.state import Box, Runtime, ShardedState, Slice, TensorSpec, TrainState, whole
 from distrib.strategies import batchnorm, fsdp_state, meta, slices
 from distrib.strategies.base import Capabilities, StepResult, Strategy
 from distrib.strategies.blocks import Forwards
+from distrib.strategies.context import dividing
 from distrib.strategies.fsdp_units import (
     Units,
     find_units,
@@ -45,6 +46,17 @@ from distrib.strategies.fsdp_units import (
     without_shared,
 )
 from distrib.strategies.gradients import norm_to_the_power, scale_and_check
+from distrib.strategies.pipeline import (
+    Cut,
+    Pipelining,
+    forget_state_of_others,
+    loading_own_part,
+    not_whole,
+    own_part,
+    refuse_backward,
+    whole_state_dict,
+)
+from distrib.strategies.pipeline_run import Runner
 from distrib.strategies.placing import (
     Replaced,
     apply_policy,
@@ -52,7 +64,8 @@ from distrib.strategies.placing import (
     refuse_half_precision,
     refuse_wrapped,
 )
-from distrib.strategies.tensor import find_plan, parallelise
+from distrib.strategies.sequence import SequenceParallel, cannot_divide
+from distrib.strategies.tensor import TensorPlan, find_plan, parallelise, whole_parameters
 
 _STEPPED = StepResult(stepped=True)
 _QUIET = "_distrib_quiet"  # attribute of a model: how many contexts keep its gradients on the rank
@@ -61,6 +74,7 @@ _LEFT = (
 )
 _LOOKED = "_distrib_looked"  # attribute of a model: whether its output has been looked into
 _GATHERED = "_distrib_gathered"  # attribute of a model: whether it is in `gathered`
+_RUNNER = "_distrib_runner"  # attribute of a model that is cut into stages: runs batches through them
 _MOST_APART = (
     1e-3  # relative difference of gradients that should be equal; one that is divided differs by about 1
 )
@@ -74,34 +88,41 @@ class FSDP(Strategy):
 
     Options: `reshard_after_forward` (false keeps parameters whole between forward and backward: only gradients and
     optimizer state are sharded then), `cpu_offload`, `wrap` ("auto" or class names), `reduce_each_micro_step` (less
-    memory while gradients accumulate, for more communication).
+    memory while gradients accumulate, for more communication), `prefetch` (units that are asked for ahead).
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(
-        ("cpu", "cuda", "xpu"), whole_replicas=False, axes=("replicate", "shard", "tensor"), free_axis="shard"
-    )
+        ("cpu", "cuda", "xpu"), whole_replicas=False,
+        axes=("pipeline", "replicate", "shard", "context", "tensor"), free_axis="shard",
+        apart=(("pipeline", "context"), ("pipeline", "tensor")),
+    )  # fmt: skip
 
     def __init__(self, runtime: Runtime, options: Mapping[str, object]) -> None:
         super().__init__(runtime, options)
         wrap = options.get("wrap", "auto")
         self._wrap = None if wrap == "auto" else tuple(wrap) if isinstance(wrap, tuple) else (str(wrap),)
         self._reshards = options.get("reshard_after_forward", True) is True
+        self._prefetch = int(str(options.get("prefetch", 1)))
         self._always_reduces = options.get("reduce_each_micro_step") is True
         self._sync_batchnorm = options.get("sync_batchnorm") is True
         self._alone = runtime.collectives.world_size == 1
-        self._data, self._tensor = runtime.mesh.data_parallel_size, runtime.mesh.size("tensor")
+        # ranks that share sequences hold different parts of parameters, too
+        self._data = runtime.mesh.data_parallel_size * runtime.mesh.size("context")
+        self._tensor = runtime.mesh.size("tensor")
         plan = options.get("plan", "auto")
         self._plan = tuple(plan) if isinstance(plan, tuple) else None
         on_cpu = runtime.device.type == "cpu"
         self._offload = (
             CPUOffloadPolicy(pin_memory=not on_cpu) if options.get("cpu_offload") is True else OffloadPolicy()
         )
-        if options.get("cpu_offload") is True and self._data == 1:
-            self._say(
-                "fsdp.cpu_offload does nothing here: no ranks read different samples, so nothing is sharded"
-            )
+        idle = {"cpu_offload": options.get("cpu_offload") is True, "prefetch": self._prefetch > 1}
+        for key in (key for key, is_set in idle.items() if is_set and self._data == 1):
+            self._say(f"fsdp.{key} does nothing here: no ranks read different samples, so nothing is sharded")
         self._device_mesh: Any = None if self._alone else self._make_mesh()
+        self._parts = dividing(runtime, options)
+        self._pipelining = Pipelining(runtime, options) if runtime.mesh.size("pipeline") > 1 else None
         self._replaced = Replaced()
+        self.as_prepared = self._replaced.now  # type: ignore[method-assign]  # one call less in every step
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._tensor_peers = runtime.collectives.among(runtime.mesh.groups("tensor"))
@@ -109,6 +130,7 @@ class FSDP(Strategy):
         self._names = WeakIdKeyDictionary()  # parameter as optimizers know it -> name
         self._units: list[tuple[str, Units]] = []
         self._said_batchnorm = False
+        self._sequences: weakref.WeakKeyDictionary[nn.Module, SequenceParallel] = weakref.WeakKeyDictionary()
 
     def prepare(self, state: TrainState) -> TrainState:
         for model in state.models:
@@ -120,20 +142,20 @@ class FSDP(Strategy):
         for optimizer in self._optimizers:  # also those that came before their model
             self._replaced.point(optimizer, _cut)
             move_state(optimizer)
+            forget_state_of_others(optimizer)
         return state
-
-    def as_prepared(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        return self._replaced.now(parameters)
 
     def prepare_for_evaluation(self, model: nn.Module) -> nn.Module:
         self._place(model)
         return model
 
     def gradient_sync(self, models: Sequence[nn.Module], *, enabled: bool) -> AbstractContextManager[None]:
-        roots = [x for x in map(_root, models) if isinstance(x, FSDPModule)]
+        roots = [x for model in models for x in self._roots_of(model) if isinstance(x, FSDPModule)]
         return nullcontext() if enabled or self._always_reduces or not roots else _NoSync(roots)
 
     def backward(self, loss: Tensor) -> None:
+        if self._pipelining is not None:
+            raise refuse_backward()
         loss.backward()  # type: ignore[no-untyped-call]
 
     def scale_gradients_(
@@ -164,14 +186,17 @@ class FSDP(Strategy):
             (norm_to_the_power(gradients, norm_type, self._device), parts)
             for parts, gradients in alike.items()
         ]
-        total = torch.zeros((), device=self._device)
+        # of one dtype on all ranks, also where no gradient is
+        wide = torch.float64 if any(x.dtype is torch.float64 for x in parameters) else torch.float32
+        total = torch.zeros((), dtype=wide, device=self._device)
         if norm_type == torch.inf:
             for power, _ in powers:
                 total = torch.maximum(total, power)
             total = self.runtime.collectives.all_reduce_(total, "max")
-        else:  # a part is on world size / parts ranks, all of which add it
+        else:  # a part is on ranks of a stage / parts ranks, all of which add it
+            ranks = self.runtime.collectives.world_size // self.runtime.mesh.size("pipeline")
             for power, parts in powers:
-                total = total + power * (parts / self.runtime.collectives.world_size)
+                total = total + power * (parts / ranks)
             total = self.runtime.collectives.all_reduce_(total).pow(1 / norm_type)
         factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         for gradients in alike.values():
@@ -199,30 +224,38 @@ class FSDP(Strategy):
             for root in self._roots:
                 fsdp_state.forget_unexchanged(root, wanted)
 
+    def runner_of(self, model: nn.Module) -> Runner | None:
+        found: Runner | None = vars(_root(model)).get(_RUNNER)
+        return found
+
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        fsdp_state.reshard(_root(model))
+        self._reshard([model])
         return list(model.parameters())
 
     def parameter_names(self, models: Sequence[nn.Module]) -> dict[int, str]:
-        for model in models:
-            fsdp_state.reshard(_root(model))
+        self._reshard(models)
         return super().parameter_names(models)
 
     def replicated(self, model: nn.Module) -> dict[str, Tensor]:
-        fsdp_state.reshard(_root(model))
+        if self._pipelining is not None:
+            raise not_whole("check_in_sync")
+        self._reshard([model])
         return {name: x for name, x in super().replicated(model).items() if not isinstance(x, DTensor)}
 
     def sharded_state(self, state: TrainState) -> ShardedState:
         models = [self.unwrap(model) for model in state.models]
         names = self.parameter_names(models)
         self._spread_buffers(models)
-        return slices.joined([
+        found = slices.joined([
             *(slices.module_slices(m, slices.module_prefix(i), _slice_of) for i, m in enumerate(models)),
             *(
                 slices.optimizer_slices(o, names, slices.optimizer_prefix(i), _slice_of)
                 for i, o in enumerate(state.optimizers)
             ),
         ])  # fmt: skip
+        if self._pipelining is None:
+            return found
+        return own_part(found, [vars(m)[_RUNNER].cut for m in models], len(state.optimizers))
 
     def loading(
         self,
@@ -234,8 +267,9 @@ class FSDP(Strategy):
     ) -> AbstractContextManager[ShardedState]:
         models = [self.unwrap(model) for model in state.models]
         for model in models:
-            fsdp_state.forget_aborted(_root(model))
-        return slices.loading_in_place(
+            for root in self._roots_of(model):
+                fsdp_state.forget_aborted(root)
+        loading = slices.loading_in_place(
             state,
             models,
             partial(self.sharded_state, state),
@@ -245,12 +279,16 @@ class FSDP(Strategy):
             strict=strict,
             empty_for=_empty_shard,
         )
+        return loading if self._pipelining is None else loading_own_part(loading, state.optimizers)
 
     def whole_state_dict(self, model: nn.Module) -> dict[str, Any]:
         self._spread_buffers([model])
+        self._reshard([model])
         found = self.unwrap(model).state_dict()
         with _without_advice():
-            return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
+            whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
+        runner = self.runner_of(model)
+        return whole if runner is None else whole_state_dict(runner.cut, whole)
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -259,10 +297,8 @@ class FSDP(Strategy):
         Every rank has to make the same changes. In mixed precision the whole parameters are in the compute dtype, and
         only parameters that were changed are taken back.
         """
-        if self._tensor > 1:
-            raise NotBuiltError(
-                "gathered with mesh.tensor", fix="take whole tensors from get_state_dict(model)"
-            )
+        if self._pipelining is not None:
+            raise not_whole("gathered")
         root = _root(model)
         fsdp_state.reshard(root)
         self._spread_buffers([model])
@@ -272,11 +308,16 @@ class FSDP(Strategy):
             unit.set_reshard_after_forward(reshard_after_forward=False, recurse=False)
             unit.unshard()
         vars(root)[_GATHERED] = True
-        before = dict(root.named_parameters())
+        sequence = self._sequences.get(root)
         try:
-            with fsdp_state.whole_state_dicts(root):
+            with (
+                fsdp_state.whole_state_dicts(root),
+                whole_parameters(root),
+                sequence.off() if sequence else nullcontext(),
+            ):
+                before = dict(root.named_parameters())
                 yield self.unwrap(model)
-            now = dict(root.named_parameters())
+                now = dict(root.named_parameters())
             if new := [name for name in {**before, **now} if before.get(name) is not now.get(name)]:
                 raise _replaced_inside(new)
             for name, shard in shards.items():
@@ -299,6 +340,16 @@ class FSDP(Strategy):
         wanted = set(map(id, parameters))
         return [x for root in self._roots for x in fsdp_state.unexchanged(root, wanted)]
 
+    def _roots_of(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Return what is the root of units: the model, or its stages on this rank."""
+        runner = self.runner_of(model)
+        return [_root(model)] if runner is None else runner.cut.stages
+
+    def _reshard(self, models: Sequence[nn.Module]) -> None:
+        for model in models:
+            for root in self._roots_of(model):
+                fsdp_state.reshard(root)
+
     def _reshard_all(self) -> None:
         for root in self._roots:
             if not vars(root).get(_GATHERED):
@@ -315,14 +366,16 @@ class FSDP(Strategy):
     @property
     def _home(self) -> torch.device:
         """Where shards lie between steps."""
-        return torch.device("cpu") if isinstance(self._offload, CPUOffloadPolicy) else self._device
+        offloads = isinstance(self._offload, CPUOffloadPolicy) and self._data > 1
+        return torch.device("cpu") if offloads else self._device
 
     def _make_mesh(self) -> Any:
         mesh = self.runtime.mesh
-        axes = [x for x in ("replicate", "shard", "tensor") if x == "shard" or mesh.size(x) > 1]
-        made = init_device_mesh(
-            self.runtime.device.type, tuple(map(mesh.size, axes)), mesh_dim_names=tuple(axes)
-        )
+        known = ("pipeline", "replicate", "shard", "tensor")
+        axes = [x for x in known if x == "shard" or mesh.size(x) > 1]
+        sizes = {axis: mesh.size(axis) for axis in axes}
+        sizes["shard"] *= mesh.size("context")  # its neighbour
+        made = init_device_mesh(self.runtime.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         if len(axes) > 1:  # groups are connected through rank 0's store, which must not leave before all are
             self.runtime.collectives.barrier("making the mesh")
         return made
@@ -330,8 +383,9 @@ class FSDP(Strategy):
     @property
     def _data_mesh(self) -> Any:
         """The mesh without the axes along which ranks read the same samples."""
-        names = tuple(x for x in self._device_mesh.mesh_dim_names if x != "tensor")
-        return self._device_mesh[names] if self._tensor > 1 else self._device_mesh
+        mesh = self._device_mesh
+        names = tuple(x for x in mesh.mesh_dim_names if x not in ("pipeline", "tensor"))
+        return mesh[names] if names != mesh.mesh_dim_names else mesh
 
     def _say(self, text: str) -> None:
         if self.runtime.topology.is_main:
@@ -340,7 +394,7 @@ class FSDP(Strategy):
     def _place(self, model: nn.Module) -> None:
         """Apply the precision policy, take rank 0's values over and shard the model, in place. Collective."""
         root = _root(model)
-        Forwards(self.options, say=self.runtime.topology.is_main).replace(model, self._wrap)
+        Forwards(self.options, self._parts, say=self.runtime.topology.is_main).replace(model, self._wrap)
         with self._replaced.watching(root):
             if self._alone:
                 if meta.is_empty(root):
@@ -352,34 +406,74 @@ class FSDP(Strategy):
             apply_policy(model, self.runtime)
             if self._tensor > 1:
                 plan = find_plan(root, self._tensor, self._plan)
-                parallelise(root, self._device_mesh["tensor"], plan)
-                self._say(
-                    f"tensor parallel: {len(plan.styles)} modules over {self._tensor} ranks ({plan.reason})"
-                )
+                self._divide_products(root, plan)
+            is_empty, cut = meta.is_empty(root), self._cut_into_stages(model)
+            parts: Sequence[nn.Module] = [root] if cut is None else cut.stages
             if self._data > 1:
-                self._shard_units(root)
-            if meta.is_empty(root):
+                self._shard_units(root, parts)
+            if is_empty:
                 meta.materialise(root, self._home, self.runtime.collectives, _put_shard)
+            if cut is not None:
+                cut.keep_own_part(moves=self._data == 1)
             self._names.update({x: slices.plain_name(name) for name, x in root.named_parameters()})
-        fsdp_state.begin(root)
-        self._roots.add(root)
-        if isinstance(root, FSDPModule):
-            root.register_forward_hook(_after_forward)
-            root.zero_grad = MethodType(_zero_grad, root)  # type: ignore[method-assign]
+        for part in parts:
+            fsdp_state.begin(part)
+            self._roots.add(part)
+            if isinstance(part, FSDPModule):
+                part.register_forward_hook(_after_forward)
+                part.zero_grad = MethodType(_zero_grad, part)  # type: ignore[method-assign]
 
-    def _shard_units(self, root: nn.Module) -> None:
+    def _cut_into_stages(self, model: nn.Module) -> Cut | None:
+        if self._pipelining is None:
+            return None
+        cut = self._pipelining.cut(model)
+        vars(model)[_RUNNER] = Runner(cut, lambda stage: self.gradient_sync([stage], enabled=False))
+        self._say(cut.layout)
+        return cut
+
+    def _divide_products(self, root: nn.Module, plan: TensorPlan) -> None:
+        if self.runtime.precision.fp8:
+            raise StrategyError(
+                "D0857",
+                f"mixed_precision is fp8 and mesh.tensor is {self._tensor}; torchao's float8 layers are not divided here",
+                fix="use bf16, or leave mesh.tensor out",
+            )
+        mesh = self._device_mesh["tensor"]
+        self._say(f"tensor parallel: {len(plan.styles)} modules over {self._tensor} ranks ({plan.reason})")
+        if self.options.get("sequence") is not True:
+            parallelise(root, mesh, plan)
+            return
+        if (size := self.runtime.mesh.size("context")) > 1:
+            raise cannot_divide(f"mesh.context is {size}, which divides them already")
+        sequence = self._sequences[root] = SequenceParallel(root, mesh, plan, self._wrap)
+        parallelise(root, mesh, plan, sequence.styles)
+        self._say(
+            f"sequence parallel: hidden states are divided in {sum(map(len, sequence.parts.stacks))} blocks"
+        )
+
+    def _shard_units(self, root: nn.Module, parts: Sequence[nn.Module]) -> None:
         units = find_units(root, self._wrap)
         refuse_unshardable(root, units)
         self._units.append((tree(root, units), units))
-        wide = self._in_float32(root)
-        norms: list[nn.Module] = [x for x in wide if isinstance(x, _BatchNorm)]
-        alone = [[x] for x in reversed(wide) if x not in norms]  # inner ones before what is around them
+        wide, blocks = self._in_float32(root), [root.get_submodule(name) for name in units.names]
+        for part in parts:
+            self._shard_part(part, wide, blocks)
+        self._say(f"fsdp: {type(root).__name__} in {len(units.names) + 1} units ({units.reason})")
+
+    def _shard_part(self, part: nn.Module, wide: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> None:
+        inside = set(part.modules())
+        norms: list[nn.Module] = [x for x in wide if isinstance(x, _BatchNorm) and x in inside]
+        alone = [
+            [x] for x in reversed(wide) if x in inside and x not in norms
+        ]  # inner ones before what is around them
         for modules in ([norms] if norms else []) + alone:  # all batch normalizations are one unit
             self._shard(modules, is_root=False, policy=MixedPrecisionPolicy())
-        for name in reversed(units.names):
-            self._shard([root.get_submodule(name)], is_root=False)
-        self._shard([root], is_root=True)
-        self._say(f"fsdp: {type(root).__name__} in {len(units.names) + 1} units ({units.reason})")
+        for block in reversed(blocks):
+            if block in inside:
+                self._shard([block], is_root=False)
+        self._shard([part], is_root=True)
+        if self._prefetch > 1:
+            fsdp_state.prefetch([part, *(x for x in blocks if x in inside and x is not part)], self._prefetch)
 
     def _in_float32(self, root: nn.Module) -> list[nn.Module]:
         precision = self.runtime.precision
@@ -414,6 +508,8 @@ class FSDP(Strategy):
             reduce = precision.reduce or (torch.float32 if precision.compute is not None else None)
             # Inputs are converted by autocast where an operation wants it, as under every other strategy.
             policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=reduce, cast_forward_inputs=False)
+        for each in modules:  # before torch's own hook, which an operation in place on a view would lose
+            each.register_forward_hook(fsdp_state.without_views)
         fully_shard(
             modules if len(modules) > 1 else module,
             mesh=self._data_mesh,
@@ -460,11 +556,12 @@ class FSDP(Strategy):
                 batchnorm.warn_of_each_rank(names)
 
     def _spread_buffers(self, models: Sequence[nn.Module]) -> None:
-        """Give every rank rank 0's buffers: the run goes on with them. Collective."""
+        """Give every rank the buffers of the first that holds them: the run goes on with them. Collective."""
+        ranks = self.runtime.collectives if self._pipelining is None else self.runtime.readers
         for model in models:
-            buffers = dict(model.named_buffers()) if not self._alone else {}
-            if buffers:
-                for name, value in self.runtime.collectives.broadcast(buffers).items():
+            buffers = {name: x for name, x in model.named_buffers() if not x.is_meta}
+            if buffers and not self._alone:
+                for name, value in ranks.broadcast(buffers).items():
                     buffers[name].copy_(value)
 
 

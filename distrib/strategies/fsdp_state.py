@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils import _pytree as pytree
 
 
 def begin(root: nn.Module) -> None:
@@ -21,6 +23,21 @@ def reshard(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def prefetch(units: Sequence[Any], number: int) -> None:
+    """Let each unit ask for so many that follow it, in the forward, and that come before it, in the backward.
+
+    Args:
+        units: Sharded modules in the order in which they compute; the first is the model itself, which is also the first
+            in the backward.
+        number: At least 1.
+    """
+    inner = units[1:]
+    for i, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(inner[i : i + number])
+        before = inner[max(i - 1 - number, 0) : i - 1] if i else inner[-number:]
+        unit.set_modules_to_backward_prefetch(before[::-1])
 
 
 def forget_aborted(root: nn.Module) -> None:
@@ -47,6 +64,31 @@ def forget_unexchanged(root: nn.Module, wanted: Collection[int]) -> None:
             parameter.unsharded_accumulated_grad = None
             if hasattr(parameter, "_unsharded_param"):
                 parameter._unsharded_param.grad = None
+
+
+class _NoView(torch.autograd.Function):
+    """The same values in the same memory, to autograd a tensor of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ARG004 (torch calls it so)
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004 (torch calls it so)
+        return gradients[0]
+
+
+def without_views(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001 (a hook)
+    """Return what a unit returns without tensors that are views, as linear layers return them.
+
+    FSDP gathers a unit for the backward when a gradient reaches its output. An operation in place on a view (`logits /= 2`)
+    would take that away in silence, and with it the exchange of gradients.
+    """
+
+    def own(x: Tensor) -> Tensor:
+        return _NoView.apply(x) if x.requires_grad and x._is_view() else x  # type: ignore[no-untyped-call]
+
+    return pytree.tree_map_only(Tensor, own, output)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from distrib.errors import StrategyError
 from distrib.logging import notice
-from distrib.precision import apply_precision, matching
+from distrib.precision import apply_precision, fp8, matching
 from distrib.state import Runtime
 
 
@@ -23,6 +23,7 @@ class Replaced:
 
     def __init__(self) -> None:
         self._now = WeakIdKeyDictionary()
+        self._ids: set[int] = set()  # of its keys, and of some that are gone
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -34,12 +35,16 @@ class Replaced:
                 given = before.get((id(module), name))
                 if given is not None and now is not given:
                     self._now[given] = now
+                    self._ids.add(id(given))
                     for key, value in vars(given).items():
                         vars(now).setdefault(key, value)  # what users and libraries keep at a parameter
 
     def now(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """Return what stands in the places of these parameters."""
-        return [self._now.get(x, x) for x in parameters]  # type: ignore[no-untyped-call]
+        listed = list(parameters)
+        if self._ids.isdisjoint(map(id, listed)):  # in nearly every step
+            return listed
+        return [self._now.get(x, x) for x in listed]  # type: ignore[no-untyped-call]
 
     def point(self, optimizer: Optimizer, convert: Callable[[Any, Tensor], Any] | None = None) -> None:
         """Let an optimizer step what stands in its parameters' places; `convert` fits state that it has already."""
@@ -57,6 +62,11 @@ def apply_policy(model: nn.Module, runtime: Runtime) -> nn.Module:
     for pattern in runtime.precision.fp32_modules:
         if not matching(model, pattern) and runtime.topology.is_main:
             notice(f"mixed_precision.fp32_modules: {pattern!r} fits no module of {type(model).__name__}")
+    if runtime.precision.fp8:
+        names = fp8.convert(model, runtime.precision)
+        if runtime.topology.is_main:
+            layers = f"{len(names)} linear layer{'s' if len(names) != 1 else ''}"
+            notice(f"fp8: {layers} of {type(model).__name__} multiply in float8")
     return apply_precision(model, runtime.precision, runtime.device)
 
 

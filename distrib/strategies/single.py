@@ -16,6 +16,7 @@ from distrib.state import Runtime, ShardedState, TensorSpec, TrainState
 from distrib.strategies import meta, slices
 from distrib.strategies.base import Capabilities, StepResult, Strategy
 from distrib.strategies.blocks import Forwards
+from distrib.strategies.context import dividing
 from distrib.strategies.gradients import scale_and_check
 from distrib.strategies.placing import (
     Replaced,
@@ -35,7 +36,9 @@ class Single(Strategy):
 
     def __init__(self, runtime: Runtime, options: Mapping[str, object]) -> None:
         super().__init__(runtime, options)
+        self._parts = dividing(runtime, options)
         self._replaced = Replaced()
+        self.as_prepared = self._replaced.now  # type: ignore[method-assign]  # one call less in every step
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     def prepare(self, state: TrainState) -> TrainState:
@@ -50,9 +53,6 @@ class Single(Strategy):
             move_state(optimizer)
         return state
 
-    def as_prepared(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        return self._replaced.now(parameters)
-
     def prepare_for_evaluation(self, model: nn.Module) -> nn.Module:
         return self.place(model)
 
@@ -61,7 +61,7 @@ class Single(Strategy):
         if meta.is_empty(model):
             with self._replaced.watching(model):
                 meta.materialise(model, self.runtime.device, self.runtime.collectives)
-        Forwards(self.options, say=self.runtime.topology.is_main).replace(model)
+        Forwards(self.options, self._parts, say=self.runtime.topology.is_main).replace(model)
         return apply_policy(model.to(self.runtime.device), self.runtime)
 
     def gradient_sync(self, models: Sequence[nn.Module], *, enabled: bool) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ single elements or whole attention heads are right. Shoeybi et al., "Megatron-LM
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -77,8 +78,40 @@ def find_plan(model: nn.Module, size: int, wanted: Sequence[str] | None = None) 
     return plan
 
 
-def parallelise(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> None:
+class _WhereDivided:
+    """Lets a module that has whole parameters compute as any other, as inside of `gathered`."""
+
+    def _prepare_input_fn(self, layouts: Any, desired: Any, module: nn.Module, inputs: Any, mesh: Any) -> Any:
+        if not isinstance(module.weight, DTensor):
+            return inputs
+        return super()._prepare_input_fn(layouts, desired, module, inputs, mesh)  # type: ignore[misc]
+
+    def _prepare_output_fn(
+        self, layouts: Any, to_local: Any, module: nn.Module, outputs: Any, mesh: Any
+    ) -> Any:
+        if not isinstance(outputs, DTensor):
+            return outputs
+        return super()._prepare_output_fn(layouts, to_local, module, outputs, mesh)  # type: ignore[misc]
+
+
+class Colwise(_WhereDivided, ColwiseParallel):
+    """A module divided by outputs."""
+
+
+class Rowwise(_WhereDivided, RowwiseParallel):
+    """A module divided by inputs."""
+
+
+def parallelise(
+    model: nn.Module, mesh: DeviceMesh, plan: TensorPlan, styles: Mapping[str, ParallelStyle] | None = None
+) -> None:
     """Divide the modules of a plan over a one-dimensional mesh, in place; every rank has the same whole values.
+
+    Args:
+        model: A plain module.
+        mesh: The ranks that share matrix products.
+        plan: How its modules are divided.
+        styles: Module name -> what stands in for the plan's style.
 
     Raises:
         StrategyError: D0834, if weights that are tied would be divided differently.
@@ -87,7 +120,10 @@ def parallelise(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> None:
     parallelize_module(
         model,
         mesh,
-        {name: _style(model.get_submodule(name), style) for name, style in plan.styles.items()},
+        {
+            **{name: _style(model.get_submodule(name), style) for name, style in plan.styles.items()},
+            **(styles or {}),
+        },
         src_data_rank=None,
     )
     for (first, name), *others in tied:
@@ -102,6 +138,23 @@ def parallelise(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> None:
                     fix="let the plan have both or neither; an embedding (rowwise) and a head (colwise) divide alike",
                 )
             module._parameters[other] = kept
+
+
+@contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """Put whole parameters in the places of divided ones; what is done to them inside is not taken back. Collective."""
+    found = [(places[0][0]._parameters[places[0][1]], places) for places in _places(model).values()]
+    divided: list[tuple[Any, list[tuple[nn.Module, str]]]] = [x for x in found if isinstance(x[0], DTensor)]
+    for parameter, places in divided:
+        whole = nn.Parameter(parameter.detach().full_tensor(), requires_grad=parameter.requires_grad)
+        for module, name in places:
+            module._parameters[name] = whole
+    try:
+        yield
+    finally:
+        for parameter, places in divided:
+            for module, name in places:
+                module._parameters[name] = parameter
 
 
 def _parse(entry: str) -> tuple[str, str]:
@@ -186,14 +239,8 @@ def _check_heads(model: nn.Module, size: int) -> None:
 
 def _style(module: nn.Module, style: str) -> ParallelStyle:
     if style == "rowwise":
-        return (
-            RowwiseParallel(input_layouts=Replicate())
-            if isinstance(module, nn.Embedding)
-            else RowwiseParallel()
-        )
-    return (
-        ColwiseParallel(output_layouts=Replicate()) if style == "colwise_gather_output" else ColwiseParallel()
-    )
+        return Rowwise(input_layouts=Replicate()) if isinstance(module, nn.Embedding) else Rowwise()
+    return Colwise(output_layouts=Replicate()) if style == "colwise_gather_output" else Colwise()
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from numbers import Real
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from distrib.precision.scaler import LossScaler
     from distrib.state import Runtime
     from distrib.strategies.base import Strategy
+    from distrib.strategies.pipeline_run import Batch
     from distrib.training.optimizer import PreparedOptimizer
 
+LATER = object()  # a loss that has not been computed yet
 OVERFLOW, NOTHING_COUNTED = "the gradients are not finite", "nothing was counted"
 _MOST_SKIPPED = 10  # steps in a row
+_LEAST = 1e-30  # in place of a count of 0: a sum over nothing is 0, and so is its mean
 
 
 class MicroStepScope:
@@ -116,10 +119,48 @@ class Accumulation:
             scope = self.scopes[models] = MicroStepScope(self, models)
         return scope
 
-    def backward(self, loss: Tensor, count: Count | None) -> None:
-        """Add the gradients of a mean loss, or of a summed loss and what it counts."""
+    def step_through(self, model: nn.Module, batch: Batch, count: Count | None) -> Tensor:
+        """Run a batch through a model that may be cut into stages, with its backward where gradients are on.
+
+        Returns:
+            The mean loss, 0-d and detached, equal on the ranks that hold parts of one model.
+        """
+        runner, trains = self.strategy.runner_of(model), torch.is_grad_enabled()
+        assert batch.loss_function is not None, "there is no step without a loss"
+        if runner is not None:
+            compute = batch.loss_function
+
+            def checked(output: Any, targets: Any) -> Tensor:
+                loss = compute(output, targets)
+                _check_loss(loss, trains=trains)
+                return loss
+
+            factor = self.enter(LATER, count) if trains else None
+            found = runner.run(batch._replace(loss_function=checked, is_sum=count is not None), factor)
+        else:
+            loss = batch.loss_function(model(batch.inputs), batch.targets)
+            _check_loss(loss, trains=trains)
+            if trains:
+                factor = self.enter(loss, count)
+                self.strategy.backward(loss * factor)
+            found = loss.detach().reshape(())
+        return found if count is None else (found / self._scalar(count).clamp_min(_LEAST)).to(found.dtype)
+
+    def enter(self, loss: object, count: Count | None) -> float | Tensor:
+        """Enter a mean loss, or a summed loss and what it counts, into the windows of its optimizers.
+
+        Args:
+            loss: The loss, or LATER if it is not there yet.
+            count: What a sum counts; None for a mean.
+
+        Returns:
+            What its gradients are to be multiplied by.
+
+        Raises:
+            TrainingError: if it is no loss, or mean and sum, or unequal counts, meet in one window.
+        """
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise _wrong_loss(loss)
+            _check_loss(loss)  # which tells what is wrong
         scope = self.scope
         if scope is None:
             scope = self._outside
@@ -135,8 +176,7 @@ class Accumulation:
                 weight *= self._sum_factor(count)
         for optimizer in scope.owners:
             self._note(optimizer, count, scale)
-        factor = weight * scale
-        self.strategy.backward(loss if factor == 1 else loss * factor)
+        return weight * scale
 
     def finish_for(self, parameters: Sequence[nn.Parameter]) -> None:
         """Divide the gradients of the optimizers of `parameters`, before they are clipped."""
@@ -156,7 +196,12 @@ class Accumulation:
         window.divided = True
         factor = self._correction / window.loss_scale if window.kind == "mean" else 1 / window.loss_scale
         if window.kind == "sum":
-            total = float(self._readers.all_reduce_(self._scalar(window.total)))
+            total = window.total
+            if isinstance(total, Tensor):
+                total = float(self._readers.all_reduce_(self._scalar(total)))
+            elif self._readers.world_size > 1:
+                counted = torch.tensor(total, dtype=self._count_dtype, device=self._device)
+                total = float(self._readers.all_reduce_(counted))
             if not total:
                 window.unusable = NOTHING_COUNTED
                 return
@@ -310,8 +355,12 @@ class Accumulation:
         return "that of a parameter on another rank"
 
 
-def _wrong_loss(loss: object) -> TrainingError:
-    return TrainingError(
+def _check_loss(loss: object, *, trains: bool = True) -> None:
+    if loss is LATER or (
+        isinstance(loss, Tensor) and loss.numel() == 1 and (loss.requires_grad or not trains)
+    ):
+        return
+    raise TrainingError(
         "D0607",
         f"backward was given {_describe(loss)}; expected one number that requires grad",
         fix="reduce the loss to one number with mean() or sum(), and do not detach it or compute it under no_grad",

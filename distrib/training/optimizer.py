@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from distrib.errors import NotBuiltError
+from distrib.strategies.base import Strategy
 from distrib.training.window import Window
 
 if TYPE_CHECKING:
-    from distrib.strategies.base import Strategy
     from distrib.training.accumulation import Accumulation
 
 _PARAMETERS = itemgetter("params")
@@ -39,6 +39,7 @@ class PreparedOptimizer(Optimizer):
     def __init__(self, optimizer: Optimizer, strategy: Strategy, accumulation: Accumulation) -> None:
         self.optimizer = optimizer
         self._strategy, self._accumulation = strategy, accumulation
+        self._clears_itself = type(strategy).clear_gradients is Strategy.clear_gradients
         self.parameter_ids: frozenset[int] = frozenset()
         self.find_parameters()
         self.num_steps = 0
@@ -120,7 +121,10 @@ class PreparedOptimizer(Optimizer):
         if self.content != "open" or self._accumulation.was_left():
             self.content, self.is_unfinished = "nothing", False
             self.window.serial = self.window.kind = None
-            self._strategy.clear_gradients(self.optimizer, set_to_none=set_to_none)
+            if self._clears_itself:
+                self.optimizer.zero_grad(set_to_none)
+            else:
+                self._strategy.clear_gradients(self.optimizer, set_to_none=set_to_none)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all parameters of all groups."""

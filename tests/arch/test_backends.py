@@ -14,10 +14,6 @@ from distrib.strategies import STRATEGIES
 from distrib.topology.environments import ENVIRONMENTS
 from tests.arch.sources import ROOT, below, compared_strings, names_used, place, source_files, tree_of
 
-PLANNED_STRATEGIES = (
-    "fsdp",
-    "deepspeed",
-)  # names of the schema without a registry line yet; "xla" is a device too
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "fully_shard", "DeepSpeedEngine")
 
 # (file, what it compares with): why it may.
@@ -71,7 +67,7 @@ def uses(files: list[Path], names: set[str]) -> list[tuple[str, str]]:
 
 
 def test_nobody_outside_compares_with_a_strategys_name():
-    names = {*STRATEGIES.builtin, *PLANNED_STRATEGIES}
+    names = set(STRATEGIES.builtin)
     assert comparisons(outside("distrib/strategies/"), names) == set(STRATEGY_EXCEPTIONS)
 
 

@@ -91,7 +91,11 @@ METHODS = {  # name -> its parameters; * before those that are keywords only
     "get_tracker": "name unwrap",
     "end_training": "",
 }
-OWN = ("gradient_accumulation_steps",)  # built beside the design's list, as Accelerate has it
+OWN = (
+    "gradient_accumulation_steps",
+    "pipeline_step",
+    "pipeline_forward",
+)  # built beside the design's list, as Accelerate has it
 
 HIERARCHY = {
     "ConfigError": "DistribError",

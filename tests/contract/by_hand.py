@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+
+from distrib.strategies.deepspeed_ops import adopt_process_group, load_deepspeed
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -20,6 +23,7 @@ def sharded(model: nn.Module) -> nn.Module:
 
 
 WRAPPED_BY_HAND = {"single": lambda model: model, "ddp": DistributedDataParallel, "fsdp": sharded}
+BY_HAND = (*WRAPPED_BY_HAND, "deepspeed")
 
 
 def wide_model() -> nn.Module:
@@ -35,8 +39,41 @@ def counted(work) -> int:
     return sum(event.count for event in seen.key_averages() if event.key.startswith(("gloo:", "nccl:")))
 
 
+def with_deepspeed(accumulation: int, clip: bool) -> int:
+    """Return the operations of one step of stage 2 as DeepSpeed's own examples write it, after one that warms up."""
+    deepspeed = load_deepspeed(os.environ, "cpu")
+    adopt_process_group(deepspeed)  # it would compile an operation that it does not use
+    model = wide_model()
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": 1.0 if clip else 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": 2,
+                "reduce_bucket_size": sum(x.numel() for x in model.parameters()),
+                "compute_grad_norm": clip,
+            },
+        },
+    )
+
+    def step():
+        for _ in range(accumulation):
+            engine.backward(engine(torch.ones(2, 1000)).mean())
+            engine.step()
+
+    step()
+    return counted(step)
+
+
 def by_hand(strategy: str, accumulation: int, clip: bool) -> int:
     """Return the operations of one optimizer step, after one that warms up."""
+    if strategy == "deepspeed":
+        dist.init_process_group("gloo")
+        return with_deepspeed(accumulation, clip)
     if strategy != "single":
         dist.init_process_group("gloo")
     model = WRAPPED_BY_HAND[strategy](wide_model())

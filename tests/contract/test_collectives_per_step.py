@@ -8,7 +8,14 @@ import torch
 from distrib import Accelerator
 from distrib.strategies import STRATEGIES
 from distrib.testing import run_ranks
-from tests.contract.by_hand import WRAPPED_BY_HAND, by_hand, counted, wide_model
+from tests.contract.by_hand import BY_HAND, by_hand, counted, wide_model
+from tests.contract.layouts import INSTALLED
+
+# DeepSpeed starts slowly
+by_strategy = pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(x, marks=pytest.mark.slow if x == "deepspeed" else ()) for x in INSTALLED],
+)
 
 
 def with_distrib(strategy: str, accumulation: int, clip: bool, count: int | None) -> int:
@@ -31,10 +38,10 @@ def with_distrib(strategy: str, accumulation: int, clip: bool, count: int | None
 
 
 def test_every_strategy_has_its_loop_by_hand():
-    assert set(WRAPPED_BY_HAND) == set(STRATEGIES)
+    assert set(BY_HAND) == set(STRATEGIES)
 
 
-@pytest.mark.parametrize("strategy", WRAPPED_BY_HAND)
+@by_strategy
 @pytest.mark.parametrize(("accumulation", "clip"), [(1, False), (1, True), (3, True)])
 def test_a_step_has_the_collectives_of_the_loop_by_hand(strategy, accumulation, clip):
     world_size = STRATEGIES.get(strategy).capabilities.max_world_size or 2
@@ -43,7 +50,7 @@ def test_a_step_has_the_collectives_of_the_loop_by_hand(strategy, accumulation, 
     assert (expected[0] > 1) == (world_size > 1)
 
 
-@pytest.mark.parametrize("strategy", WRAPPED_BY_HAND)
+@by_strategy
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_counting_tokens_adds_one_collective_to_a_step(strategy, accumulation):
     world_size = STRATEGIES.get(strategy).capabilities.max_world_size or 2

@@ -181,6 +181,29 @@ def test_gpt_goes_on_in_mid_epoch_on_two_processes_with_the_losses_of_one(gpt: G
     assert gpt.resumed.numbers(HELD_OUT)[0] == pytest.approx(gpt.whole.numbers(HELD_OUT)[0], abs=2e-3)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "strategy=fsdp activation_checkpointing=full",
+        "strategy=fsdp mesh.tensor=2",
+        "strategy=fsdp mesh.context=2",
+        "strategy=ddp mesh.context=2",
+    ],
+)
+def test_gpt_trains_the_same_in_every_layout_by_its_settings_alone(gpt: Gpt, settings: str, tmp_path: Path):
+    flags = " ".join(f"--set {each}" for each in [*settings.split(), f"project_dir={tmp_path}"])
+    words = "{examples}/gpt.py --steps 6 --save-every 4 --log-every 1 --corpus corpus"
+    found = run(f"distrib launch --config {EXAMPLES / 'gpt.yaml'} {flags} {words}", gpt.folder)
+    for (number, loss), (_, expected) in zip(found.numbers(STEP), gpt.whole.numbers(STEP), strict=True):
+        assert loss == pytest.approx(expected, abs=2e-3), number
+    assert found.numbers(HELD_OUT)[0] == pytest.approx(gpt.whole.numbers(HELD_OUT)[0], abs=2e-3)
+    state = load_file(tmp_path / "model/model.safetensors")
+    expected_state = load_file(gpt.folder / "runs/gpt/model/model.safetensors")
+    assert {name: x.shape for name, x in state.items()} == {
+        name: x.shape for name, x in expected_state.items()
+    }
+
+
 def test_gpts_export_fits_the_model(gpt: Gpt):
     spec = importlib.util.spec_from_file_location("gpt_example", EXAMPLES / "gpt.py")
     example = importlib.util.module_from_spec(spec)

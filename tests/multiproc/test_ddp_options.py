@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from distrib import Accelerator, RunConfig, StrategyError
 from distrib.strategies import batchnorm
 from distrib.testing import RanksFailed, run_ranks
+from tests.contract.by_hand import counted
 
 EVERYTHING = [["ab"] * 4] * 2
 NEVER_B = [["a"] * 4] * 2
@@ -390,6 +391,50 @@ def test_a_static_graph_gives_the_run_of_one_process(accumulation):
 def test_a_static_graph_does_not_look_for_unused_parameters_besides():
     with pytest.raises(RanksFailed, match=r"(?s)D0807.*fix: remove ddp\.find_unused_parameters"):
         run_ranks(with_heads, 2, NEVER_B, static_graph=True, find_unused_parameters=True)
+
+
+# Buckets
+
+
+def bucketed(ways: list[dict]) -> list[tuple[int, bool, dict]]:
+    """Return for each way the exchanges of the third step, whether `.grad` is a view of a bucket, and the parameters."""
+    found = []
+    for ddp in ways:
+        accelerator = started(accumulation=2, **ddp)
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(400, 400, bias=False) for _ in range(4))).double()  # 1.3 MB each
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        draw = torch.Generator().manual_seed(accelerator.process_index)
+        views = []
+
+        def step(accelerator=accelerator, model=model, optimizer=optimizer, draw=draw, views=views):
+            for _ in range(2):
+                with accelerator.accumulate(model):
+                    x = torch.randn(2, 400, generator=draw, dtype=torch.float64)
+                    accelerator.backward(model(x).square().mean())
+                    views.append(next(model.parameters()).grad._is_view())
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        step()
+        step()
+        found.append((counted(step), views[-1], parameters_of(model.module)))
+    return found
+
+
+def test_buckets_change_how_often_ranks_talk_and_not_the_numbers():
+    ways = [{}, {"bucket_cap_mb": 1}, {"bucket_cap_mb": 100, "gradient_as_bucket_view": True}]
+    for default, small, large in run_ranks(bucketed, 2, ways):
+        assert [x[0] for x in (default, small, large)] == [2, 4, 1]  # the first of torch's own has 1 MiB
+        assert [x[1] for x in (default, small, large)] == [False, False, True]
+        assert_equal(small[2], default[2])
+        assert_equal(large[2], default[2])
+
+
+@pytest.mark.parametrize("plan", [NEVER_B, DIFFERENT], ids=["never b", "different"])
+def test_gradients_that_are_views_of_buckets_give_the_run_of_one_process(plan):
+    for found, *_ in run_ranks(with_heads, 2, plan, 2, gradient_as_bucket_view=True):
+        assert_equal(found, with_heads_in_one_process(plan, 2))
 
 
 # Ranks that run out of batches

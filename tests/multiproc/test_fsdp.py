@@ -315,3 +315,42 @@ def test_ranks_without_a_size_go_to_the_strategy_s_last_axis(strategy, mesh, exp
 def test_a_mesh_that_the_strategy_or_the_world_cannot_have_is_refused(strategy, mesh, words):
     with pytest.raises(Exception, match=f"(?s){words}"):
         run_ranks(with_mesh, 2, strategy, mesh)
+
+
+class InPlace(nn.Module):
+    """Changes in place what its blocks return; linear layers return views of three dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Tanh(), nn.Linear(6, 6)) for _ in range(3))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        for block in self.blocks:
+            y = block(x)
+            y += x
+            x = y
+        return self.head(x)
+
+
+def _norms_in_place(settings, how):
+    accelerator = Accelerator(RunConfig(seed=1, device="cpu", **settings))
+    torch.manual_seed(0)
+    model = InPlace().double()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    norms = []
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        logits = model(torch.randn(2, 3, 6, dtype=torch.float64, generator=generator))
+        getattr(logits, how)(*([] if how == "relu_" else [2.0]))
+        accelerator.backward((logits**2).mean())
+        norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 1e9)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+@pytest.mark.parametrize("how", ["add_", "div_", "relu_"])
+def test_operations_in_place_on_what_units_return_keep_their_gradients(how):
+    found = run_ranks(_norms_in_place, 2, {"strategy": "fsdp"}, how)[0]
+    assert found == pytest.approx(_norms_in_place({}, how), rel=1e-9)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -203,6 +206,38 @@ def test_a_llama_trains_by_its_own_plan_and_is_exported_whole(world_size, tied, 
         assert found == pytest.approx(expected, abs=2e-5)
 
 
+def operated(settings: dict) -> None:
+    accelerator = Accelerator(RunConfig(device="cpu", seed=5, **settings))
+    torch.manual_seed(0)
+    plain, model = Net().double(), Net().double()
+    plain.load_state_dict(model.state_dict())
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.05))
+    x = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with accelerator.gathered(model) as whole:
+        assert {name: v.shape for name, v in whole.named_parameters()} == {
+            name: v.shape for name, v in plain.named_parameters()
+        }
+        torch.testing.assert_close(whole(x), plain(x), rtol=1e-12, atol=1e-14)
+        with torch.no_grad():
+            for net in (whole, plain):
+                net.layers[0].up.weight[3:].mul_(2)
+                net.layers[1].down.weight[:, 5] = 7
+                net.layers[1].down.bias.add_(1)
+                net.head.weight.neg_()
+        assert all(torch.equal(value, whole.state_dict()[name]) for name, value in plain.state_dict().items())
+    found = accelerator.get_state_dict(model)
+    assert all(torch.equal(found[name], value) for name, value in plain.state_dict().items())
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-14)
+    accelerator.backward(model(x).square().mean())
+    optimizer.step()
+    accelerator.check_in_sync(model)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_whole_parameters_can_be_read_used_and_changed(world_size):
+    run_ranks(operated, world_size, LAYOUTS[0][1])
+
+
 def planned_for_nothing() -> None:
     Accelerator(RunConfig(strategy="fsdp", device="cpu", tensor_parallel=HALVES))
 
@@ -210,3 +245,16 @@ def planned_for_nothing() -> None:
 def test_a_plan_without_ranks_that_share_products_is_refused():
     with pytest.raises(Exception, match=r"(?s)D0107.*mesh.tensor is 1"):
         run_ranks(planned_for_nothing, 2)
+
+
+def what_is_told() -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        Accelerator(RunConfig(device="cpu", fsdp={"prefetch": 2, "cpu_offload": True}, **LAYOUTS[0][1]))
+    return said.getvalue()
+
+
+def test_options_of_sharding_that_do_nothing_are_told():
+    told, _ = run_ranks(what_is_told, 2)
+    assert "fsdp.prefetch does nothing here: no ranks read different samples" in told
+    assert "fsdp.cpu_offload does nothing here" in told

@@ -301,8 +301,7 @@ def test_a_flag_may_leave_the_options_of_the_files_strategy_idle(load: Any) -> N
 @pytest.mark.parametrize(
     ("text", "available"),
     [
-        ("strategy: xla", "auto, single, ddp, fsdp"),
-        ("mixed_precision: fp8", "no, fp16, bf16"),
+        ("strategy: xla", "auto, single, ddp, fsdp, deepspeed"),
         ("device: xla", "auto, cpu, cuda, mps, xpu"),
         ("launch: {backend: slurm}", "local"),
         ("launch: {nnodes: 2}", "1"),

@@ -100,6 +100,15 @@ def test_a_local_rank_without_a_gpu_is_refused(cuda: CudaDevice) -> None:
         cuda.bind(2)
 
 
+@pytest.mark.parametrize(("capability", "supported"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_float8_is_for_gpus_that_multiply_in_it(
+    cuda: CudaDevice, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], supported: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = f"compute capability {capability[0]}.{capability[1]}, and float8_e4m3fn needs 8.9"
+    assert cuda.supports(torch.float8_e4m3fn) == (supported, found)
+
+
 @pytest.mark.parametrize(("capability", "supported"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
 def test_bfloat16_is_for_gpus_that_have_it(
     cuda: CudaDevice, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], supported: bool

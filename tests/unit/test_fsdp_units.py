@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 from distrib.errors import StrategyError
+from distrib.strategies.fsdp_state import prefetch
 from distrib.strategies.fsdp_units import find_units, tree
 
 
@@ -89,3 +90,23 @@ def test_the_tree_counts_every_element_once():
     lines = tree(model, find_units(model)).splitlines()
     assert lines[0] == "model (Model): 80 elements"
     assert lines[1:] == [f"  layers.{i} (Block): 40 elements" for i in range(3)]
+
+
+class Recorder:
+    """What torch's sharded modules are told."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def set_modules_to_forward_prefetch(self, modules):
+        self.forward = "".join(x.name for x in modules)
+
+    def set_modules_to_backward_prefetch(self, modules):
+        self.backward = "".join(x.name for x in modules)
+
+
+def test_units_ask_for_those_that_come_next_in_either_direction():
+    units = list(map(Recorder, "mabcd"))  # the model, and its blocks
+    prefetch(units, 2)
+    assert [x.forward for x in units] == ["ab", "bc", "cd", "d", ""]
+    assert [x.backward for x in units] == ["dc", "", "a", "ba", "cb"]

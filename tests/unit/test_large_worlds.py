@@ -86,7 +86,12 @@ def test_every_byte_is_held_by_some_rank_and_planned_for_one(world_size, mesh):
 
 @pytest.mark.parametrize(
     ("world_size", "mesh"),
-    [(1024, {"replicate": 8}), (16_384, {"replicate": 128}), (16_384, {"replicate": 16, "tensor": 8})],
+    [
+        (1024, {"replicate": 8}),
+        (16_384, {"replicate": 128}),
+        (16_384, {"replicate": 16, "tensor": 8}),
+        (16_384, {"replicate": 16, "context": 4, "tensor": 2}),
+    ],
 )
 def test_a_rank_of_a_large_world_holds_its_part(world_size, mesh):
     tensor = mesh.get("tensor", 1)

@@ -121,7 +121,6 @@ def test_a_flag_sets_its_key(capfd: pytest.CaptureFixture[str], words: list[str]
         (["--set", "seed"], ["D0309", "seed", "KEY=VALUE"]),
         (["--set", "sed=3"], ["D0105", "--set sed", "seed"]),
         (["--strategy", "single", "-n", "2"], ["D0310", "--strategy", "2"]),
-        (["--use_deepspeed"], ["D0901", "--use-deepspeed", "deepspeed"]),
         (["--nnodes", "2"], ["D0901", "--nnodes"]),
         (["--backend", "slurm"], ["D0901", "--backend"]),
         (["--max-restarts", "-1"], ["D0106", "--max-restarts", "got -1"]),
@@ -233,13 +232,19 @@ def test_what_torchrun_and_accelerate_say_of_one_machine_is_understood(
         assert "processes: 2" in shown(capfd, *words, "--dry-run", "train.py")
 
 
+def test_accelerates_flag_for_deepspeed_is_understood(capfd: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capfd, "--use_deepspeed", "--explain").splitlines()
+
+    assert "  strategy = 'deepspeed'  (--use-deepspeed)" in lines
+
+
 def test_the_explanation_has_every_value_with_its_source(capfd: pytest.CaptureFixture[str]) -> None:
     lines = shown(capfd, "--seed", "4", "--explain", DISTRIB_LAUNCH__GRACE_S="3").splitlines()
 
     assert "  seed = 4  (--seed)" in lines
     assert "  launch.grace_s = 3.0  (DISTRIB_LAUNCH__GRACE_S)" in lines
     assert "  data.tail = 'exact'  (default)" in lines
-    assert not any("mesh.context" in line for line in lines)  # nobody can set it yet
+    assert not any("checkpoint.on_signal" in line for line in lines)  # nobody can set it yet
 
 
 @pytest.mark.parametrize(

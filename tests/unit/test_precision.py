@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distrib import Accelerator, NotBuiltError, seeding
+from distrib import Accelerator, seeding
 from distrib.devices import DEVICES
 from distrib.errors import StrategyError
 from distrib.precision import (
@@ -438,12 +438,6 @@ def test_a_policy_without_a_compute_dtype_opens_no_autocast():
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") is torch.bfloat16
     assert not torch.is_autocast_enabled("cpu")
-
-
-def test_fp8_is_refused_with_the_place_of_the_setting():
-    with pytest.raises(NotBuiltError, match="fp8") as refused:
-        resolve_precision("fp8", DEVICES.get("cpu")(), where="run.yaml:3 (mixed_precision)")
-    assert refused.value.where == "run.yaml:3 (mixed_precision)"
 
 
 def test_a_device_without_bf16_refuses_it_with_its_reason():

@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 
 from distrib.errors import StrategyError
+from distrib.strategies.sequence import find_parts
 from distrib.strategies.tensor import find_plan
 
 
@@ -16,6 +17,9 @@ class Attention(nn.Module):
         super().__init__()
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(self, name, nn.Linear(8, 8))
+
+    def forward(self, x):
+        return self.o_proj(self.v_proj(x))
 
 
 class Layer(nn.Module):
@@ -89,3 +93,59 @@ def test_heads_that_do_not_divide_are_refused():
     model.config = types.SimpleNamespace(num_attention_heads=6, num_key_value_heads=3)
     with pytest.raises(StrategyError, match=r"D0834.*num_key_value_heads = 3"):
         find_plan(model, 2)
+
+
+class Split(nn.Module):
+    """A block whose products are in modules of their own, as sequence parallelism needs it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+
+class Stacked(nn.Module):
+    def __init__(self, *kinds):
+        super().__init__()
+        self.layers = nn.ModuleList([kind() for kind in kinds])
+        self.head = nn.Linear(8, 10)
+
+
+OF_ATTENTION = ("*.[qkv]_proj=colwise", "*.o_proj=rowwise")
+
+
+def parts_of(model: nn.Module, *plan: str):
+    return find_parts(model, find_plan(model, 2, plan or None))
+
+
+def test_hidden_states_are_gathered_by_the_modules_around_colwise_ones():
+    parts = parts_of(
+        Stacked(Split, Split), *OF_ATTENTION, "*.mlp.0=colwise", "*.mlp.2=rowwise", "head=colwise"
+    )
+    assert parts.stacks == (("layers.0", "layers.1"),)
+    assert parts.regions == ("layers.0.attention", "layers.0.mlp", "layers.1.attention", "layers.1.mlp")
+
+
+def test_blocks_of_two_lists_are_two_stacks():
+    model = nn.Module()
+    model.encoder, model.decoder = Stacked(Split, Split), Stacked(Split, Split, Split)
+    assert list(map(len, parts_of(model).stacks)) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "why"),
+    [
+        (Model(), (), "the block itself is right around layers.0.up_proj"),
+        (nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), ("0=colwise", "2=rowwise"), "no repeated blocks"),
+        (Stacked(Split, Split), ("layers.0.*.q_proj=colwise", "layers.0.*.o_proj=rowwise"), "in layers.1 the plan"),
+        (Stacked(Split, Split), ("*.q_proj=colwise_gather_output", *OF_ATTENTION[1:]), "in layers.0 the plan does not"),
+        (
+            Stacked(Split, Split),
+            (*OF_ATTENTION, "*.mlp.0=colwise_gather_output"),
+            "layers.0.mlp.0 is divided within a block, but its result is whole",
+        ),
+    ],
+)  # fmt: skip
+def test_models_in_which_hidden_states_cannot_be_followed_are_refused_with_the_reason(model, plan, why):
+    with pytest.raises(StrategyError, match=f"D0851.*{why}"):
+        parts_of(model, *plan)
