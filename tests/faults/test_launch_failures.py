@@ -27,7 +27,7 @@ def test_the_first_exception_ends_all_ranks_and_is_the_report(tmp_path: Path) ->
     done = launch("-n", 2, failing(tmp_path, 'raise RuntimeError("injected failure")'), cwd=tmp_path)
 
     assert done.code == 1
-    assert done.seconds < 5
+    assert done.seconds < 10
     assert done.report[0].startswith("distrib: rank 1 (process ")
     assert done.err.count("RuntimeError: injected failure") == 1
     assert f"  {tmp_path}/train.py:4 in fail" in done.report
@@ -52,7 +52,7 @@ def test_a_rank_that_dies_of_a_signal_is_named_with_it(
     done = launch("-n", 2, failing(tmp_path, how), cwd=tmp_path)
 
     assert done.code == code
-    assert done.seconds < 5
+    assert done.seconds < 10
     assert done.report[0].startswith("distrib: rank 1 ")
     assert done.report[0].endswith(f"ended by {name}")
     assert any(line.startswith("  likely cause:") for line in done.report)
@@ -220,7 +220,7 @@ def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace_time(tmp_path: Pa
     done = launch("-n", 2, "--grace", 1, script(tmp_path, text), cwd=tmp_path)
 
     assert done.code == 7
-    assert 1 < done.seconds < 5
+    assert 1 < done.seconds < 10
     assert "  rank 0 followed: killed by the launcher after the grace time" in done.report
 
 
@@ -233,7 +233,7 @@ def test_a_rank_that_hangs_after_its_exception_does_not_hold_up_the_end(tmp_path
     done = launch("--grace", 1, script(tmp_path, text), cwd=tmp_path)
 
     assert done.code == 1
-    assert done.seconds < 5
+    assert done.seconds < 10
     assert "  ValueError: and a thread goes on" in done.report
 
 

@@ -200,7 +200,7 @@ def test_wrong_usage_is_refused_in_words_and_starts_nothing(
     done = launch(*words, script(tmp_path, "open('ran', 'w')"), cwd=tmp_path)
 
     assert done.code == 2
-    assert done.seconds < 5
+    assert done.seconds < 10
     assert said in done.err
     assert "Traceback" not in done.err
     assert not (tmp_path / "ran").exists()
@@ -441,7 +441,7 @@ def test_an_error_before_the_first_line_is_shown_once(tmp_path: Path, text: str,
     done = launch("-n", 4, "--start-method", method, script(tmp_path, text), cwd=tmp_path)
 
     assert done.code == 1
-    assert method == "fork" or done.seconds < 5  # to load torch takes its time, before the fault
+    assert method == "fork" or done.seconds < 10  # to load torch takes its time, before the fault
     assert done.err.count("Error: ") == 1
     assert "Traceback" not in done.err
     assert str(tmp_path / "train.py") in "\n".join(done.report)

@@ -12,6 +12,7 @@ import types
 from itertools import accumulate
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from distrib.state import TrainState
 from distrib.strategies import slices
 from distrib.strategies.single import Single
 from distrib.testing import run_ranks
+from distrib.topology import resolve_mesh
 from tests.unit.checkpointing import ALONE, contents
 
 
@@ -63,7 +65,7 @@ def trained(count=3):
 
 def resume(path, model, optimizer, scheduler=None, *, has_optimizer=True):
     """Load a conversion as `load_state` does, without data and generators."""
-    names, strategy = slices.parameter_names([model]), Single(None, {})
+    names, strategy = slices.parameter_names([model]), Single(SimpleNamespace(mesh=resolve_mesh({}, 1)), {})
     with adopt(open_checkpoint(path, ALONE), [optimizer], names, [scheduler] if scheduler else []) as reader:
         state = TrainState((model,), (optimizer,) if has_optimizer else ())
         with strategy.loading(state, reader.specs(), reader.objects) as wanted:
