@@ -75,8 +75,6 @@ OF_DEEPSPEED = [
     (World("deepspeed, stage 1", 3), World("deepspeed", 2)),
     (World("deepspeed", 2), World("single", 1)),
     (World("fsdp", 2), World("deepspeed, stage 3", 3)),
-    (World("ddp", 2), World("deepspeed, stage 0", 2)),
-    (World("deepspeed, stage 3", 2), World("deepspeed, stage 3", 2)),
 ]
 OTHERS = [cell for cell in CELLS if not any(world.strategy.startswith("deepspeed") for world in cell)]
 IN_EVERY_RUN = [*pairwise(OTHERS), *(cell for cell in OF_DEEPSPEED if cell in CELLS)]

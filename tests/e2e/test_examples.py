@@ -184,10 +184,11 @@ def test_gpt_goes_on_in_mid_epoch_on_two_processes_with_the_losses_of_one(gpt: G
 @pytest.mark.parametrize(
     "settings",
     [
-        "strategy=fsdp activation_checkpointing=full",
         "strategy=fsdp mesh.tensor=2",
         "strategy=fsdp mesh.context=2",
-        "strategy=ddp mesh.context=2",
+        pytest.param("strategy=fsdp activation_checkpointing=full", marks=pytest.mark.slow),
+        pytest.param("strategy=ddp mesh.context=2", marks=pytest.mark.slow),
+        pytest.param("strategy=deepspeed deepspeed.zero_stage=3", marks=pytest.mark.slow),
     ],
 )
 def test_gpt_trains_the_same_in_every_layout_by_its_settings_alone(gpt: Gpt, settings: str, tmp_path: Path):

@@ -172,7 +172,7 @@ IGNORE = (
 )
 
 
-@pytest.mark.parametrize("after_s", [0, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.05, 0.3, 1])
+@pytest.mark.parametrize("after_s", [0, 1e-4, 3e-4, 1e-3, 0.05, 0.3, 1])
 def test_an_interrupt_during_start_up_is_heard_and_prints_no_traceback(
     tmp_path: Path, after_s: float
 ) -> None:

@@ -13,8 +13,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distrib import Accelerator, RunConfig, StrategyError
+from distrib.collectives.single import SingleCollectives
 from distrib.errors import ConfigError
 from distrib.strategies.blocks import Forwards
+from distrib.strategies.context import ContextParallel
 
 # torch 2.13 reads `.grad` of a block's input while it traces; outside of pytest its own filters hide this.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -75,7 +77,7 @@ def replace(model: nn.Module, scope: str = "none", backend: str = "eager", **opt
         "mode": "default",
         "dynamic": options.pop("dynamic", None),
     }
-    Forwards({"compile": compiled, **options}, say=True).replace(model)
+    Forwards({"compile": compiled, **options}, ContextParallel(SingleCollectives()), say=True).replace(model)
 
 
 def gradients(model: nn.Module) -> dict:
