@@ -134,14 +134,10 @@ def _mesh(config: RunConfig, strategy: str, knows: Capabilities, world_size: int
         StrategyError: D0832, if ranks are asked for along an axis that the strategy does not know; D0841, along two that
             do not go together; D0859, along that of experts.
     """
-    sizes = config.mesh.model_dump()
-    unset = [axis for axis in sizes if not config.is_set(f"mesh.{axis}")]
-    sizes.update(dict.fromkeys(unset, 1))
-    free = [axis for axis in (knows.free_axis, *DATA_AXES) if axis in unset and axis in knows.axes]
-    if -1 not in sizes.values() and free:
-        sizes[free[0]] = -1
-    first = next((axis for axis in sizes if axis not in unset), "replicate")
-    mesh = resolve_mesh(sizes, world_size, where=_where(config, f"mesh.{first}"))
+    sizes = {axis: size for axis, size in config.mesh.model_dump().items() if config.is_set(f"mesh.{axis}")}
+    free = [axis for axis in (knows.free_axis, *DATA_AXES) if axis in knows.axes]
+    first = next(iter(sizes), "replicate")
+    mesh = resolve_mesh(sizes, world_size, free=free, where=_where(config, f"mesh.{first}"))
     _refuse_experts(config, mesh)
     for axis, size in mesh.axes:
         if size > 1 and axis not in knows.axes:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from distrib.config import RunConfig, to_wire
 from distrib.errors import ConfigError, LaunchError
-from distrib.topology import resolve_mesh
+from distrib.topology import DATA_AXES, resolve_mesh
 from distrib.topology.threads import threads_per_rank, usable_cores
 from distrib_launcher.accelerators import may_use_gpus, processes_for
 from distrib_launcher.numa import cores_per_rank, machine_bindings
@@ -51,8 +51,10 @@ def make_plan(program: Program, config: RunConfig, env: Mapping[str, str]) -> tu
             where=config.source("strategy").where,
             fix="leave the strategy out, or start one process",
         )
-    mesh = config.source("mesh.replicate").where
-    resolve_mesh(config.mesh.model_dump(), count, where=f"{mesh} (mesh.replicate)" if mesh else None)
+    sizes = {axis: size for axis, size in config.mesh.model_dump().items() if config.is_set(f"mesh.{axis}")}
+    key = f"mesh.{next(iter(sizes), 'replicate')}"
+    where = config.source(key).where
+    resolve_mesh(sizes, count, free=DATA_AXES, where=f"{where} ({key})" if where else None)
     bound = machine_bindings(count, env, gpus=may_use_gpus(config.device)) if config.launch.numa else ()
     threads, threads_reason = _threads(env, count, cores_per_rank(bound))
     start_method, start_reason = choose_start_method(config, program.kind, count)

@@ -232,6 +232,17 @@ def test_what_torchrun_and_accelerate_say_of_one_machine_is_understood(
         assert "processes: 2" in shown(capfd, *words, "--dry-run", "train.py")
 
 
+@pytest.mark.parametrize(
+    "sizes", [["mesh.replicate=2"], ["mesh.shard=2"], ["mesh.replicate=1", "mesh.context=2"]]
+)
+def test_an_axis_without_a_size_takes_the_ranks_that_are_left(
+    capfd: pytest.CaptureFixture[str], sizes: list[str]
+) -> None:
+    words = [word for size in sizes for word in ("--set", size)]
+
+    assert "processes: 4" in shown(capfd, "-n", "4", "--strategy", "fsdp", *words, "--dry-run", "train.py")
+
+
 def test_accelerates_flag_for_deepspeed_is_understood(capfd: pytest.CaptureFixture[str]) -> None:
     lines = shown(capfd, "--use_deepspeed", "--explain").splitlines()
 
