@@ -14,7 +14,7 @@ from torch import nn
 
 from distrib.checkpoint import Contents, Location, Reader, Saving, begin, open_checkpoint, rng
 from distrib.checkpoint.adopt import adopt, is_conversion
-from distrib.checkpoint.agreement import together
+from distrib.checkpoint.agreement import collect, together
 from distrib.checkpoint.hooks import (
     Hooks,
     Taken,
@@ -29,7 +29,7 @@ from distrib.errors import CheckpointError, DataError, did_you_mean
 from distrib.logging import notice
 from distrib.precision import LossScaler
 from distrib.seeding import derive, part_noise_streams
-from distrib.state import Runtime, TensorSpec, TrainState
+from distrib.state import Runtime, Slice, TensorSpec, TrainState
 from distrib.strategies import Strategy
 from distrib.strategies.slices import module_prefix
 from distrib.training import PreparedOptimizer, PreparedScheduler
@@ -89,14 +89,16 @@ def begin_save(
     allow_pickle: bool,
 ) -> Saving:
     """Plan a checkpoint of the run as it is now, at exactly `directory`. Collective."""
-    _check_same_call(directory, hooks, runtime)
     state, ranks = strategy.sharded_state(run.for_strategy()), runtime.collectives
+    objects: list[tuple[list[Any], dict[str, tuple[Slice, ...]]]] = []
+
+    def prepare() -> tuple[str, int]:
+        objects.append(packed(run.custom, allow_pickle=allow_pickle, stores=runtime.topology.is_main))
+        return str(directory), len(hooks)
+
+    _check_same_call(collect(ranks, "preparing the registered objects", prepare))
+    custom, pickles = objects[0]
     taken = run_save_hooks(hooks, run.models, state, directory.name, ranks) if hooks else Taken()
-    custom, pickles = together(
-        ranks,
-        "preparing the registered objects",
-        lambda: packed(run.custom, allow_pickle=allow_pickle, stores=runtime.topology.is_main),
-    )
     state = without_models(state, taken.models)
     contents = Contents(
         state=replace(state, tensors={**state.tensors, **pickles}),
@@ -171,7 +173,7 @@ def load_run(
     Raises:
         CheckpointError: if it is damaged or does not fit what has been prepared; nothing is changed then.
     """
-    _check_same_call(directory, hooks, runtime)
+    _check_same_call(runtime.collectives.gather_object((str(directory), len(hooks))))
     reader = open_checkpoint(directory, runtime.collectives, verify=verify)
     names = strategy.parameter_names(run.models)
     reader = adopt(
@@ -257,8 +259,8 @@ def _loaded(run: RunState, reader: Reader, custom: Sequence[Any]) -> Iterator[No
         raise
 
 
-def _check_same_call(directory: Location, hooks: Hooks, runtime: Runtime) -> None:
-    everyone = runtime.collectives.gather_object((str(directory), len(hooks)))
+def _check_same_call(everyone: Sequence[tuple[str, int]]) -> None:
+    """Refuse a save or load in which ranks name different directories or have other numbers of hooks."""
     other = next((rank for rank, call in enumerate(everyone) if call != everyone[0]), None)
     if other is None:
         return

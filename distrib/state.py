@@ -80,6 +80,7 @@ class Slice:
         where: Which part this rank holds; the same part on several ranks is a replica.
         get: Returns the part as a tensor. Most strategies return the live tensor, to be filled in place.
         commit: Called with the filled tensor after a load; does nothing where `get` is live.
+        is_new: Whether the tensor of `get` was made for this load and nobody has seen its memory: a load may give it other.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Slice:
     where: Box | Interval
     get: Callable[[], torch.Tensor]
     commit: Callable[[torch.Tensor], None] = _nothing
+    is_new: bool = False
 
 
 def whole(name: str, tensor: torch.Tensor) -> Slice:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import stat
+import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -22,6 +26,20 @@ from distrib.errors import CheckpointError
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _BUFFER = 2**20  # bytes hashed at a time: small enough to stay in the cache
 _ANOTHER = "load another checkpoint, or copy this one again from where it is whole"
+
+
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, linux/mman.h; Linux 5.14 has it
+_PAGE = mmap.PAGESIZE
+
+_ROOM = 4  # a file is mapped where this many of its size are free
+
+# magic numbers of linux/magic.h and statfs(2): ext2 to ext4, xfs, btrfs, f2fs, zfs, bcachefs, overlayfs, tmpfs, ramfs
+_LOCAL = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0xCA451A4E, 0x794C7630, 0x01021994, 0x858458F6})  # fmt: skip
+
+_fstatfs = getattr(ctypes.CDLL(None), "fstatfs", None) if sys.platform == "linux" else None
+_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+if _madvise is not None:
+    _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class OpenFile(Protocol):
@@ -48,6 +66,10 @@ class Files(Protocol):
 
     def open(self, name: str) -> AbstractContextManager[OpenFile]:
         """Open a file by its path below the place."""
+        ...
+
+    def mapped(self, name: str) -> mmap.mmap | None:
+        """Map a file so that changes stay in this process; None where that is not possible, or not wise."""
         ...
 
     def close(self) -> None:
@@ -90,6 +112,15 @@ class Directory:
         """
         with self._reading(self.path / self._full(name)), self._files.open(self._full(name)) as file:
             yield file
+
+    def mapped(self, name: str) -> mmap.mmap | None:
+        """Map a file so that changes stay in this process; None if it should rather be read.
+
+        Raises:
+            CheckpointError: if it is missing, a link, no regular file, or cannot be opened.
+        """
+        with self._reading(self.path / self._full(name)):
+            return self._files.mapped(self._full(name))
 
     def read(self, name: str, record: FileRecord | None = None) -> bytes:
         """Return a whole JSON file, checked against its record if one is given.
@@ -180,11 +211,13 @@ class Directory:
 class _LocalFiles:
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._maps: dict[str, mmap.mmap | None] = {}
+        self._mapping = threading.Lock()
         self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.close = weakref.finalize(self, os.close, self._descriptor)
 
     @contextmanager
-    def open(self, name: str) -> Iterator[OpenFile]:
+    def open(self, name: str) -> Iterator[_LocalFile]:
         file = self._open(name)
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -194,6 +227,17 @@ class _LocalFiles:
             yield _LocalFile(file)
         finally:
             os.close(file)
+
+    def mapped(self, name: str) -> mmap.mmap | None:
+        """Map a file of a local file system, once; it lives as long as what lies in it.
+
+        It keeps its space on the medium while it is mapped, removed or not: where space is short it should be read.
+        """
+        with self._mapping:
+            if name not in self._maps:
+                with self.open(name) as file:
+                    self._maps[name] = file.mapped()
+            return self._maps[name]
 
     def _open(self, name: str) -> int:
         """Open a file by a path of which no part may be a link."""
@@ -224,4 +268,31 @@ class _LocalFile:
         return data
 
     def read_into(self, view: memoryview, at: int) -> int:
+        view = view[: self.piece]
+        _back_with_pages(view)
         return os.preadv(self._descriptor, [view], at)
+
+    def mapped(self) -> mmap.mmap | None:
+        """Map it privately if it lies on a local file system with room for several of it."""
+        space = os.fstatvfs(self._descriptor)
+        if space.f_bavail * space.f_frsize < _ROOM * self.size or not _is_local(self._descriptor):
+            return None
+        return mmap.mmap(self._descriptor, self.size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def _is_local(descriptor: int) -> bool:
+    """Whether a file lies where its bytes last while it is open, whoever removes its name: not on a network."""
+    if _fstatfs is None:
+        return False
+    found = (ctypes.c_ulong * 64)()  # more than any struct statfs; f_type comes first
+    return _fstatfs(descriptor, ctypes.byref(found)) == 0 and found[0] & 0xFFFFFFFF in _LOCAL
+
+
+def _back_with_pages(view: memoryview) -> None:
+    """Have the kernel give memory its pages in one call: in the middle of a read it does so page by page, which is slower.
+
+    Where it cannot, the read does it.
+    """
+    if _madvise is not None and len(view) >= _PAGE:
+        start = ctypes.addressof(ctypes.c_char.from_buffer(view)) & -_PAGE
+        _madvise(start, len(view), _POPULATE_WRITE)

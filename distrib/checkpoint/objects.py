@@ -36,6 +36,9 @@ class Objects:
             raise FileNotFoundError(name)
         yield Object(self, name, size)
 
+    def mapped(self, _name: str) -> None:
+        """Return None: a store has no files to map."""
+
     def close(self) -> None:
         """Forget what was read."""
         self._windows.clear()

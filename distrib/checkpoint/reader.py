@@ -37,6 +37,7 @@ _log = logging.getLogger(__name__)
 _MOST_LISTED = 20
 _SAME_S = 65.0  # nfs(5), acdirmax: a client may show for 60 s what was in a directory before
 _LOOK_S = 0.25  # between two looks
+_LEAST_MAPPED = 2**16  # bytes; less is read
 
 
 class Reader:
@@ -241,6 +242,8 @@ class Reader:
     def _filled(self, job: _Job) -> torch.Tensor:
         part, stored = job
         tensor = part.get()
+        if part.is_new and self._map(part, stored, tensor):
+            return tensor
         try:
             self._read_slice(part, stored, tensor.detach())
         except CheckpointError as error:
@@ -251,6 +254,21 @@ class Reader:
                 fix=error.fix,
             ) from error
         return tensor
+
+    def _map(self, part: Slice, stored: StoredTensor, tensor: torch.Tensor) -> bool:
+        """Let a new tensor be the file's own bytes, copied page by page when they are changed, where that is possible."""
+        if not tensor.is_cpu or not tensor.is_contiguous() or stored.spec.dtype is not part.dtype:
+            return False
+        source = next((x for x in stored.slices if x.where == part.where), None)
+        nbytes = tensor.numel() * tensor.element_size()
+        if source is None or nbytes < _LEAST_MAPPED or source.offset % tensor.element_size():
+            return False
+        mapped = self._directory.mapped(source.file)
+        if mapped is None:
+            return False
+        flat = torch.frombuffer(mapped, dtype=tensor.dtype, count=tensor.numel(), offset=source.offset)
+        tensor.data = flat.view(tensor.shape)
+        return True
 
     def _read_slice(self, part: Slice, stored: StoredTensor, tensor: torch.Tensor) -> None:
         views = _piece_views(part, tensor)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from distrib import __version__
-from distrib.checkpoint.agreement import collect, on_main, together
+from distrib.checkpoint.agreement import collect, on_main
 from distrib.checkpoint.codec import encode
 from distrib.checkpoint.format import (
     CUSTOM,
@@ -33,6 +33,7 @@ from distrib.checkpoint.format import (
     stored_key,
 )
 from distrib.checkpoint.location import Location, Url, locate
+from distrib.checkpoint.parallel import each, num_threads
 from distrib.checkpoint.place import Draft, Place, draft_at, take_place
 from distrib.checkpoint.plan import (
     Held,
@@ -166,24 +167,39 @@ def begin(
 ) -> Saving:
     """Plan a save and take its place on the disk, and write no tensor yet. Collective. As `save` otherwise."""
     target, rank, files = locate(directory), collectives.rank, storage or Storage()
-    shelf = together(collectives, "preparing the checkpoint", lambda: _prepare(contents, rank))
-    shares, said = _exchange(shelf.announcement, collectives)
-    agreed = together(collectives, "planning the checkpoint", lambda: _agree(shares, said))
+    prepared: list[_Shelf] = []
+
+    def prepare() -> str:
+        prepared.append(_prepare(contents, rank))
+        return checksum(repr(prepared[0].announcement).encode())
+
+    digests = collect(collectives, "preparing the checkpoint", prepare)
+    shelf = prepared[0]
+    shares, said = _exchange(shelf.announcement, digests, collectives)
+    agreed: list[_Agreed] = []
     places: list[Place] = []  # rank 0's one
 
-    def take() -> Location:
+    def start() -> Location | None:
+        agreed.append(_agree(shares, said))
+        if rank != 0:
+            return None
         places.append(take_place(target, files, durable=durable))
-        _make_room(places[0], agreed.plan, contents.file_sizes)
+        _make_room(places[0], agreed[0].plan, contents.file_sizes)
         return places[0].temp
 
     try:
-        temp = on_main(collectives, "starting the checkpoint", take)
+        temp = collect(collectives, "starting the checkpoint", start)[0]
     except BaseException:
-        for each in places:
-            each.release()
+        for each_place in places:
+            each_place.release()
         raise
+    assert temp is not None  # rank 0's
     writer = _ShareWriter(partial(draft_at, temp, files, durable=durable), rank, str(temp))
-    return Saving(target, shelf, agreed, places, writer)
+    if (
+        isinstance(temp, Path) and not torch.accelerator.is_available()
+    ):  # copies belong to the caller's stream
+        writer.threads = num_threads()
+    return Saving(target, shelf, agreed[0], places, writer)
 
 
 class Saving:
@@ -199,6 +215,7 @@ class Saving:
 
     def stage(self, arena: Arena) -> None:
         """Copy what this rank is going to write to host memory: from now on the model may change."""
+        self._writer.threads = 1  # the others are for the training that goes on
         copies = arena.copies([part.get().detach() for part in self._slices.values()])
         self._slices = {
             key: dataclasses.replace(part, get=partial(_value, copy))
@@ -312,19 +329,22 @@ def _json(name: str, value: Any) -> bytes:
     return bounded(json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii"), name)
 
 
-def _exchange(mine: _Announcement, collectives: Collectives) -> tuple[list[Share], list[_Announcement]]:
+def _exchange(
+    mine: _Announcement, digests: Sequence[str], collectives: Collectives
+) -> tuple[list[Share], list[_Announcement]]:
     """Return what each group of ranks holds, and the distinct announcements.
 
-    Ranks whose announcements are equal, as under DDP, send them once: first everyone's digest travels, then what
-    the lowest rank with each digest has to say.
+    Equal announcements travel once, sent by the lowest rank that has one; where all are equal, as under DDP, none does.
     """
-    digest = checksum(repr(mine).encode())
-    digests = collectives.gather_object(digest)
-    announced = collectives.gather_object(mine if digests.index(digest) == collectives.rank else None)
     groups: dict[str, list[int]] = {}
     for rank, found in enumerate(digests):
         groups.setdefault(found, []).append(rank)
-    said = [announced[ranks[0]] for ranks in groups.values()]
+    if len(groups) == 1:
+        said = [mine]
+    else:
+        first = {ranks[0] for ranks in groups.values()}
+        announced = collectives.gather_object(mine if collectives.rank in first else None)
+        said = [announced[ranks[0]] for ranks in groups.values()]
     return [Share(tuple(ranks), x.held) for ranks, x in zip(groups.values(), said, strict=True)], said
 
 
@@ -376,6 +396,7 @@ class _ShareWriter:
 
     def __init__(self, draft: Callable[[], Draft], rank: int, where: str) -> None:
         self.draft, self.rank, self.where = draft, rank, where
+        self.threads = 1  # files that are written at a time
         self.files: dict[str, FileRecord] = {}
         self.stored: list[tuple[Held, StoredSlice]] = []
 
@@ -385,11 +406,18 @@ class _ShareWriter:
         slices: Mapping[tuple[str, Where], Slice],
         documents: Mapping[str, bytes | memoryview],
     ) -> _Receipt:
-        """Write one safetensors file per group of tensors, and the documents."""
+        """Write one safetensors file per group of tensors, several at a time, and the documents."""
         draft = self.draft()
         self._check_visible(draft)
-        for group in sorted({group_of(item.name) for item in owned}):
-            self._write_group(draft, group, [item for item in owned if group_of(item.name) == group], slices)
+        groups: dict[str, list[Held]] = {}
+        for item in owned:
+            groups.setdefault(group_of(item.name), []).append(item)
+
+        def write_group(group: str) -> None:
+            self._write_group(draft, group, groups[group], slices)
+
+        for _ in each(write_group, sorted(groups), self.threads):
+            pass
         for name, data in documents.items():
             with draft.writing(name, len(data)) as write:
                 for start in range(0, len(data), _BLOCK):

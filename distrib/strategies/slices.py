@@ -160,9 +160,10 @@ def loading_in_place(
         _check_objects(optimizer, names, objects, optimizer_prefix(index).rstrip("/"))
     before = [dict(optimizer.state) for optimizer in state.optimizers]
     try:
+        new: list[Tensor] = []
         for index, optimizer in enumerate(state.optimizers):
-            _allocate(optimizer, names, stored, optimizer_prefix(index), empty_for or _empty_like)
-        yield describe()
+            new += _allocate(optimizer, names, stored, optimizer_prefix(index), empty_for or _empty_like)
+        yield _marked(describe(), new)
         for index, model in enumerate(models):
             _restore_extra_state(model, module_prefix(index), objects)
             _has_values(model)
@@ -173,6 +174,18 @@ def loading_in_place(
             optimizer.state.clear()
             optimizer.state.update(old)
         raise
+
+
+def _marked(state: ShardedState, new: Sequence[Tensor]) -> ShardedState:
+    """Return `state` in which the slices of plain tensors that have just been made say so."""
+    ids = {id(x) for x in new if type(x) is Tensor}
+    if not ids:
+        return state
+    tensors = {
+        name: tuple(replace(x, is_new=True) if id(x.get()) in ids else x for x in parts)
+        for name, parts in state.tensors.items()
+    }
+    return replace(state, tensors=tensors)
 
 
 def _has_values(model: nn.Module) -> None:
@@ -188,11 +201,12 @@ def _allocate(
     stored: Mapping[str, TensorSpec],
     prefix: str,
     empty_for: EmptyFor,
-) -> None:
-    """Give each parameter exactly the state tensors that the checkpoint has for it, with any values.
+) -> list[Tensor]:
+    """Give each parameter exactly the state tensors that the checkpoint has for it, with any values; return new ones.
 
     Tensors that are there already and fit are filled in place: fresh memory costs several times the reading.
     """
+    new: list[Tensor] = []
     keys: dict[str, list[str]] = {}
     wanted = {name for name, _ in named_parameters(optimizer, names)}
     for full in stored:
@@ -208,10 +222,12 @@ def _allocate(
                 key: here[key] if _fits(here.get(key), spec) else _empty(spec, parameter, group, empty_for)
                 for key, spec in wanted_here.items()
             }
+            new += [x for key, x in fitting.items() if x is not here.get(key)]
             if fitting:
                 optimizer.state[parameter] = fitting
             else:
                 optimizer.state.pop(parameter, None)
+    return new
 
 
 def _fits(value: object, spec: TensorSpec) -> bool:
