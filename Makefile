@@ -6,7 +6,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 UNPINNED := $(VENV)/constraints.txt
 
-.PHONY: help demo test test-all check bench clean
+# torch-xla needs an older torch, so that its tests have an environment of their own: outside of the clone, since it is
+# large; named by all that it is made of, so that other versions give another one; complete once it holds `.complete`.
+TPU_MADE_OF = { cat constraints-tpu.txt; sed -n '/^install_requires/,/^$$/p' setup.cfg; $(PYTHON) -VV; }
+TPU_CACHE = $${XDG_CACHE_HOME:-$$HOME/.cache}/distrib
+
+.PHONY: help demo test test-all test-tpu check bench clean
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -19,6 +24,19 @@ test: $(VENV)/.dev  ## Everything but the long runs
 test-all: $(VENV)/.dev-hf  ## Everything, with whole matrices, storms and soaks, and Hugging Face's data sets
 	$(BIN)/python -m distrib.strategies.deepspeed build-ops
 	$(BIN)/python -m pytest
+
+test-tpu:  ## The strategy xla, on the CPU client of torch-xla (Linux, Python 3.11 to 3.13)
+	@set -eu; venv="$(TPU_CACHE)/tpu-$$($(TPU_MADE_OF) | sha256sum | cut -c1-12)"; mkdir -p "$(TPU_CACHE)"; \
+	exec 9>"$$venv.lock"; flock 9; \
+	if [ ! -e "$$venv/.complete" ]; then \
+		echo "installing torch 2.9 and torch-xla into $$venv (3 minutes and 6 GB, once)"; \
+		rm -rf "$$venv"; $(PYTHON) -m venv "$$venv"; \
+		"$$venv/bin/python" -m pip --disable-pip-version-check --quiet install --no-deps --no-compile -r constraints-tpu.txt; \
+		"$$venv/bin/python" -m compileall -q -j 0 "$$venv/lib" || true; \
+		touch "$$venv/.complete"; \
+	fi; \
+	exec 9>&-; \
+	PJRT_DEVICE=CPU PYTHONPATH="$$PWD:$$PWD/launcher" "$$venv/bin/python" -m pytest tests/tpu
 
 check: $(VENV)/.dev  ## Format, lint, types, layers and unit tests, in under a minute
 	$(BIN)/ruff format --check

@@ -1,6 +1,7 @@
 """Run suites, print their tables, and exit with 1 if a bar is not met.
 
-python -m benchmarks [startup] [steps] [data] [collectives] [checkpoint] [planning] [memory] [sharding] [launch] [--json FILE]
+python -m benchmarks [startup] [steps] [data] [collectives] [checkpoint] [planning] [memory] [sharding] [zero] [launch]
+    [--json FILE]
 """
 
 import argparse
@@ -21,7 +22,18 @@ from rich.table import Table
 
 from benchmarks.measure import OURS, PEER, RAW, Bar, Row
 
-SUITES = ("startup", "steps", "data", "collectives", "checkpoint", "planning", "memory", "sharding", "launch")
+SUITES = (
+    "startup",
+    "steps",
+    "data",
+    "collectives",
+    "checkpoint",
+    "planning",
+    "memory",
+    "sharding",
+    "zero",
+    "launch",
+)
 VERSIONS = ("distrib", "torch", "accelerate", "lightning-fabric")
 WIDTH = 150  # of the tables, where the output is no terminal
 VERDICTS = {  # (met, target) -> color, word

@@ -346,11 +346,13 @@ class Accelerator:
         seed = agree_on_loader(loader, index, self._runtime.collectives)
         if seed is None:
             seed = derive(self._run_seed(), "loader", index) if index else self._run_seed()
+        has_tail = self._config.is_set("data.tail")
         options = DataOptions(
             rank=self._runtime.readers.rank,
             world_size=self._runtime.readers.world_size,
             device=self.device,
-            tail=self._config.data.tail,
+            tail=self._config.data.tail if has_tail else self._strategy.capabilities.tail,
+            tail_is_wish=not has_tail,
             seed=seed,
             global_batch_size=self._config.global_batch_size,
             accumulation=self._config.gradient_accumulation_steps or 1,

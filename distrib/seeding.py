@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from distrib.errors import ConfigError
 # torch's generators belong to the process, and so does the rule how `set_seed` seeds them: until the first model is
 # prepared every rank draws the same numbers (equal initial weights), afterwards each rank its own (dropout).
 _noise_rank = 0
+_seed_too: dict[str, Callable[[int], None]] = {}  # device -> seeds its generator
 
 
 def derive(seed: int, *names: object) -> int:
@@ -41,7 +43,7 @@ def set_seed(seed: int, *, deterministic: bool = False) -> None:
         )
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(_noise_seed(seed))
+    _seed_noise(seed)
     if deterministic:
         torch.use_deterministic_algorithms(True)
 
@@ -57,7 +59,19 @@ def part_noise_streams(rank: int, seed: int | None) -> None:
     if rank != _noise_rank:
         _noise_rank = rank
         if seed is not None:
-            torch.manual_seed(_noise_seed(seed))
+            _seed_noise(seed)
+
+
+def seed_too(device: str, seed: Callable[[int], None]) -> None:
+    """Seed the generator of a kind of device, of which `torch.manual_seed` does not know, from now on as well."""
+    _seed_too[device] = seed
+
+
+def _seed_noise(seed: int) -> None:
+    noise = _noise_seed(seed)
+    torch.manual_seed(noise)
+    for seed_device in _seed_too.values():
+        seed_device(noise)
 
 
 def _noise_seed(seed: int) -> int:

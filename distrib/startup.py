@@ -93,12 +93,14 @@ def start(config: RunConfig, env: Mapping[str, str]) -> Startup:
     """
     topology = detect_topology(env)
     backend, device_reason = choose_device(
-        config.device, topology.local_world_size, where=_where(config, "device")
+        config.device, topology.local_world_size, env=env, where=_where(config, "device")
     )
     name, strategy, strategy_reason = choose_strategy(
         config.strategy, topology.world_size, backend.name, where=_where(config, "strategy")
     )
-    mesh = _mesh(config, name, strategy.capabilities, topology.world_size)
+    options = {**_options_of(name, config), "env": env}
+    places = strategy.begin(topology, backend, options)
+    mesh = _mesh(config, name, strategy.capabilities, places.number)
     device = backend.bind(topology.local_rank)
     precision = resolve_precision(config.mixed_precision, backend, where=_where(config, "mixed_precision"))
     if config.matmul_precision is not None:
@@ -113,7 +115,7 @@ def start(config: RunConfig, env: Mapping[str, str]) -> Startup:
         config.watch.stall_timeout_s,
         rendezvous_timeout_s=config.launch.rdzv_timeout_s,
     )
-    readers = collectives.among(mesh.groups(*DATA_AXES))
+    readers = collectives.among(places.readers(mesh, topology.world_size))
     runtime = Runtime(topology, mesh, device, backend, collectives, readers, precision)
     summary = (
         f"{topology.world_size} process{'es' if topology.world_size > 1 else ''} ({topology.source}), "
@@ -123,7 +125,7 @@ def start(config: RunConfig, env: Mapping[str, str]) -> Startup:
         + (f" ({threads_reason})" if topology.world_size > 1 else "")
         + (f", config {config.file}" if config.file else "")
     )
-    return Startup(runtime, strategy(runtime, {**_options_of(name, config), "env": env}), summary)
+    return Startup(runtime, strategy(runtime, options), summary)
 
 
 def _mesh(config: RunConfig, strategy: str, knows: Capabilities, world_size: int) -> Mesh:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import psutil
 import pytest
@@ -12,6 +13,9 @@ _OURS = (
     "forkserver",
     "resource_tracker",
 )  # helpers of multiprocessing, which live as long as the test session
+
+# They run in a virtual environment of their own, which has an older torch: `make test-tpu`.
+collect_ignore = [] if find_spec("torch_xla") else ["tpu"]
 
 # A shell has what it starts in the background ignore these, and so would every process that a test starts.
 for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):

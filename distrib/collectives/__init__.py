@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 
 from distrib.collectives.base import Collectives
@@ -9,9 +12,15 @@ from distrib.collectives.process_group import ProcessGroupCollectives, check_exi
 from distrib.collectives.single import SingleCollectives
 from distrib.devices.base import DeviceBackend
 from distrib.errors import TopologyError
+from distrib.registry import Registry
 from distrib.topology import Topology
 
 __all__ = ["Collectives", "connect_ranks", "connected_ranks"]
+
+# device -> collectives of its own, made from its back-end; the others have a back-end of torch.distributed
+_OF_DEVICE: Registry[Any] = Registry(
+    "collectives", "distrib.collectives", {"xla": "distrib.collectives.xla:XlaCollectives"}
+)
 
 
 def connect_ranks(
@@ -44,7 +53,10 @@ def connect_ranks(
             f"device {backend.name} has no communication back-end, but the world size is {topology.world_size}",
             fix="start one process, or use device: cpu",
         )
-    return connect(topology, backend.comm_backend, device, timeout_s, rendezvous_timeout_s or timeout_s)
+    make = partial(_OF_DEVICE.get(backend.name), backend) if backend.name in _OF_DEVICE.builtin else None
+    return connect(
+        topology, backend.comm_backend, device, timeout_s, rendezvous_timeout_s or timeout_s, make=make
+    )
 
 
 def connected_ranks() -> Collectives:

@@ -57,7 +57,13 @@ _sharing: list[ProcessGroupCollectives] = []  # those over the default group; th
 
 
 def connect(
-    topology: Topology, comm_backend: str, device: torch.device, timeout_s: float, rendezvous_timeout_s: float
+    topology: Topology,
+    comm_backend: str,
+    device: torch.device,
+    timeout_s: float,
+    rendezvous_timeout_s: float,
+    *,
+    make: Callable[..., ProcessGroupCollectives] | None = None,
 ) -> ProcessGroupCollectives:
     """Join the job's process group, or adopt the one that the script has already made. Collective.
 
@@ -67,13 +73,15 @@ def connect(
         device: This rank's device.
         timeout_s: Seconds after which a collective that a peer does not join fails.
         rendezvous_timeout_s: Seconds to wait for the others at the start.
+        make: Called as `make(device, owned=...)` for collectives of another class.
 
     Raises:
         TopologyError: if a group exists already and disagrees with `topology`, or the rendezvous fails.
     """
+    make = make or ProcessGroupCollectives
     if dist.is_initialized():
         check_existing_group(topology)
-        return ProcessGroupCollectives(device, owned=False)
+        return make(device, owned=False)
     assert topology.rendezvous is not None, "a world of more than one rank has a rendezvous"
     backend = "gloo" if comm_backend == "gloo" else f"cpu:gloo,{device.type}:{comm_backend}"
     timeout = timedelta(seconds=timeout_s)
@@ -89,7 +97,7 @@ def connect(
             f"rank {topology.rank} of {topology.world_size} could not join the others at {address}: {error}",
             fix="check that every rank was started and that the address is reachable from all nodes",
         ) from error
-    return ProcessGroupCollectives(device, owned=True)
+    return make(device, owned=True)
 
 
 def check_existing_group(topology: Topology) -> None:

@@ -9,7 +9,6 @@ from typing import Final
 
 # Keys, or whole sections, of which no value can be set.
 KEYS: Final = frozenset({
-    "xla",
     "checkpoint.on_signal",
     "watch.heartbeat_s", "watch.silence_s", "watch.report_s", "watch.verify_collectives", "watch.nonfinite",
     "launch.preempt_grace_s",
@@ -38,12 +37,8 @@ class AllBut(tuple[object, ...]):
 
 # Keys of which only these values can be set; a row goes when all that the schema allows is built.
 BUILT_VALUES: Final[dict[str, tuple[object, ...]]] = {
-    "strategy": ("auto", "single", "ddp", "fsdp", "deepspeed"),
-    "device": ("auto", "cpu", "cuda", "mps", "xpu"),
     "tracking.log_with": AllBut("jsonl", "tensorboard", planned=("wandb", "mlflow")),
-    "deepspeed.offload_optimizer": ("none", "cpu"),
-    "deepspeed.offload_param": ("none", "cpu"),
-    "launch.backend": ("local",),
+    "launch.backend": ("local", "tpu"),
     "launch.nnodes": (1,),
 }
 

@@ -99,6 +99,17 @@ ClassNames = Annotated[
     BeforeValidator(lambda value: tuple(value.split(",")) if isinstance(value, str) else value),
     Expected("the name of a class of modules, or a list of such"),
 ]
+HostNames = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^[\w.:@-]+$")], ...],
+    Field(strict=False),
+    BeforeValidator(lambda value: tuple(value.split(",")) if isinstance(value, str) else value),
+    Expected("the name of a host, or a list of such"),
+]
+Extent = Annotated[
+    str,
+    Field(pattern=r"^[1-9][0-9]*(x[1-9][0-9]*){1,2}$"),
+    Expected("a layout of chips such as '2x4' or '2x2x2'"),
+]
 PlanEntries = Annotated[
     tuple[Annotated[str, Field(pattern=r"^[^=]+=(colwise|colwise_gather_output|rowwise)$")], ...],
     Field(strict=False, min_length=1),
@@ -188,13 +199,17 @@ class DeepspeedSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     offload_param: Literal["none", "cpu", "nvme"] = "none"
-    config: PathText | None = None
+    nvme_path: PathText | None = None
+    config: PathText | Annotated[dict[str, Any], Expected("a mapping of DeepSpeed's keys")] | None = None
 
 
 class XlaSection(Section):
     """Options of the strategy of that name."""
 
     spmd: bool = False
+    host_collectives: bool | Literal["auto"] = "auto"
+    compile_cache: PathText | None = None
+    barrier: Literal["step", "micro_step"] = "step"
 
 
 class CompileSection(Section):
@@ -249,6 +264,7 @@ class LaunchSection(Section):
     backend: Backend = "local"
     nproc_per_node: Count | Literal["auto"] = "auto"
     nnodes: Count | NodeRange = 1
+    hostfile: PathText | None = None
     master_port: Port = 0
     rdzv_timeout_s: Seconds = 300.0
     max_restarts: CountFromZero = 0
@@ -259,6 +275,21 @@ class LaunchSection(Section):
     log_dir: PathText | None = None
     show_ranks: RankNumbers | Literal["all"] = "all"
     numa: bool = False
+
+
+class TpuSection(Section):
+    """The workers on which the launch backend of that name starts the program, or which it asks GKE for."""
+
+    name: str | None = None
+    zone: str | None = None
+    project: str | None = None
+    workers: Count | None = None
+    hosts: HostNames = ()
+    folder: PathText | None = None
+    python: PathText = "python3"
+    accelerator: str | None = None
+    topology: Extent | None = None
+    image: str | None = None
 
 
 class Values(Section):
@@ -288,6 +319,7 @@ class Values(Section):
     tracking: TrackingSection = TrackingSection()
     watch: WatchSection = WatchSection()
     launch: LaunchSection = LaunchSection()
+    tpu: TpuSection = TpuSection()
 
 
 @functools.cache

@@ -18,7 +18,8 @@ def to_wire(config: RunConfig) -> str:
     """Write a config with the source of every setting."""
     settings = [[s.key, s.value, s.source.kind, s.source.where] for s in settings_of(config)]
     file = None if config.file is None else str(config.file)
-    return json.dumps({"format": _FORMAT, "file": file, "settings": settings}, separators=(",", ":"))
+    content = {"format": _FORMAT, "file": file, "settings": settings}
+    return json.dumps(content, separators=(",", ":"), default=_given)
 
 
 def from_wire(text: str) -> RunConfig:
@@ -38,6 +39,12 @@ def from_wire(text: str) -> RunConfig:
     if content.get("format") != _FORMAT:
         raise _damaged(f"format {content.get('format')!r}, expected {_FORMAT}")
     return assemble(resolve(settings), None if file is None else Path(file))
+
+
+def _given(mapping: Any) -> dict[str, Any]:
+    """Return what was given of a value that is a mapping with keys of its own."""
+    given: dict[str, Any] = mapping.model_dump(exclude_unset=True)
+    return given
 
 
 def _setting(row: list[Any]) -> Setting:

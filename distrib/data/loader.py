@@ -45,8 +45,7 @@ class PreparedDataLoader:
     ) -> None:
         check_kind(loader)
         self._loader, self._live, self._trains = loader, live, trains
-        tail: Tail = "drop" if loader.drop_last else options.tail
-        self._options = options = replace(options, tail=tail)
+        self._options = options = replace(options, tail=_tail_of(loader, options))
         self._seed = options.seed
         self.epoch = 0
         self._consumed = 0  # the last settled position of this epoch
@@ -248,3 +247,12 @@ class PreparedDataLoader:
         """Whether the last micro-step gave some rank rows that are no samples."""
         step = self.micro_step
         return step is not None and (step.padded_size != step.size or step.size < self._options.world_size)
+
+
+def _tail_of(loader: DataLoader[Any], options: DataOptions) -> Tail:
+    stride = (loader.batch_size or 1) * options.world_size
+    if loader.drop_last:
+        return "drop"
+    if options.tail_is_wish and options.tail == "pad" and (options.global_batch_size or stride) % stride:
+        return "exact"
+    return options.tail

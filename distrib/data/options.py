@@ -28,6 +28,7 @@ class DataOptions:
         device_backend: How batches get to the device.
         prefetch: Batches that are moved to the device ahead of time.
         dispatch: Whether rank 0 reads for all.
+        tail_is_wish: Whether a tail of "pad" gives way to "exact" where the global batch does not divide.
         is_distributed: Whether the loader's stream is this rank's own already; None finds out.
     """
 
@@ -42,6 +43,7 @@ class DataOptions:
     device_backend: DeviceBackend
     prefetch: int = 2
     dispatch: bool = False
+    tail_is_wish: bool = False
     is_distributed: bool | None = None
 
 

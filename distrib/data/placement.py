@@ -23,8 +23,10 @@ def _copied(rounds: Iterator[Round], copier: Copier, ahead: int) -> Iterator[Rou
         under_way.append((found, [copier.start(x) for x in tensors(found.batches)]))
         if len(under_way) > ahead:
             yield _arrived(*under_way.popleft(), copier)
+            copier.next_batch()
     while under_way:
         yield _arrived(*under_way.popleft(), copier)
+        copier.next_batch()
 
 
 def _arrived(found: Round, started: list[Any], copier: Copier) -> Round:

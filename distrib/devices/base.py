@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +32,10 @@ class Copier(ABC):
     def finish(self, started: Any) -> torch.Tensor:
         """Return the copy, which the device's current stream may use."""
 
+    def next_batch(self) -> None:
+        """Note that the loop asks for its next batch: it has given all the work of the last one."""
+        return None
+
 
 class DeviceBackend(ABC):
     """One kind of device. A new kind is one file with a subclass and one line in `distrib.devices`.
@@ -42,12 +48,22 @@ class DeviceBackend(ABC):
     """torch's device type: "cpu", "cuda"."""
     comm_backend: ClassVar[str | None]
     """torch.distributed back-end for tensors on this device: "gloo", "nccl"; None where there is none."""
+    env: Mapping[str, str] = MappingProxyType({})
+    """The process's environment, where some devices are told what to use."""
     has_ring_attention: ClassVar[bool] = False
     """Whether torch has attention over parts of sequences, between which keys and values travel."""
 
     @abstractmethod
     def available(self) -> tuple[bool, str]:
         """Whether this machine has such a device, and the reason in a few words."""
+
+    def check_installation(self) -> None:
+        """Refuse an installation that cannot work, before it is used.
+
+        Raises:
+            TopologyError: with the versions that do not go together.
+        """
+        return None
 
     @abstractmethod
     def count(self) -> int:

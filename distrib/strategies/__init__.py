@@ -16,8 +16,10 @@ STRATEGIES: Registry[type[Strategy]] = Registry(
         "ddp": "distrib.strategies.ddp:DDP",
         "fsdp": "distrib.strategies.fsdp:FSDP",
         "deepspeed": "distrib.strategies.deepspeed:DeepSpeed",
+        "xla": "distrib.strategies.xla:Xla",
     },
 )
+_OF_DEVICE = {"xla": "xla"}  # devices on which one strategy runs, whatever the number of ranks
 
 
 def choose_strategy(
@@ -35,9 +37,10 @@ def choose_strategy(
         StrategyError: if it does not run on this device or at this world size.
     """
     automatic = requested == "auto"
-    name = ("ddp" if world_size > 1 else "single") if automatic else requested
+    of_device = _OF_DEVICE.get(device)
+    name = (of_device or ("ddp" if world_size > 1 else "single")) if automatic else requested
     reason = (
-        f"auto, {world_size} process{'es' if world_size > 1 else ''}"
+        f"auto, {f'device {device}' if of_device else _processes(world_size)}"
         if automatic
         else f"asked for by {where}"
     )
@@ -58,3 +61,7 @@ def choose_strategy(
             fix="use strategy: ddp, or start one process",
         )
     return name, cls, reason
+
+
+def _processes(number: int) -> str:
+    return f"{number} process{'es' if number > 1 else ''}"

@@ -6,13 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from distrib.devices.base import DeviceBackend
 from distrib.state import Runtime, ShardedState, TensorSpec, TrainState
 from distrib.strategies import slices
+from distrib.topology import DATA_AXES, Mesh, Topology
 
 if TYPE_CHECKING:
     from distrib.strategies.pipeline_run import Runner
@@ -33,6 +35,7 @@ class Capabilities:
         axes: Axes of the mesh that it lays ranks out along.
         free_axis: The one that takes the ranks for which no size is set.
         apart: Pairs of axes of which only one may have several ranks.
+        tail: How loaders end their epochs where the settings do not say.
     """
 
     devices: tuple[str, ...]
@@ -45,6 +48,27 @@ class Capabilities:
     axes: tuple[str, ...] = ("replicate",)
     free_axis: str = "replicate"
     apart: tuple[tuple[str, str], ...] = ()
+    tail: Literal["exact", "pad", "drop"] = "exact"
+
+
+@dataclass(frozen=True)
+class Places:
+    """What the axes of the mesh are made of.
+
+    Attributes:
+        number: How many places there are.
+        is_one_program: Whether they are the devices of one program, for which every rank reads every sample; else they
+            are the ranks.
+    """
+
+    number: int
+    is_one_program: bool = False
+
+    def readers(self, mesh: Mesh, world_size: int) -> list[list[int]]:
+        """Return the groups of ranks in which each rank reads other samples; every rank is in one."""
+        if self.is_one_program:
+            return [[rank] for rank in range(world_size)]
+        return mesh.groups(*DATA_AXES)
 
 
 @dataclass(frozen=True)
@@ -67,6 +91,17 @@ class Strategy(ABC):
 
     def __init__(self, runtime: Runtime, options: Mapping[str, object]) -> None:
         self.runtime, self.options = runtime, options
+
+    @classmethod
+    def begin(cls, topology: Topology, backend: DeviceBackend, options: Mapping[str, object]) -> Places:  # noqa: ARG003
+        """Do what has to be done before the device is touched, and say how many places the mesh has.
+
+        Args:
+            topology: This process's place in the job.
+            backend: The device's kind, not bound yet.
+            options: As for the class.
+        """
+        return Places(topology.world_size)
 
     @abstractmethod
     def prepare(self, state: TrainState) -> TrainState:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distrib.errors import StrategyError
+from distrib.state import Runtime
 from distrib.strategies.slices import listed
 
 
@@ -115,6 +116,28 @@ def synchronize_batchnorm(model: nn.Module, *, on_host: bool) -> None:
         elif not _is_synchronized(module):
             module.__class__ = nn.SyncBatchNorm
             module.process_group = None  # type: ignore[assignment]  # that of all ranks
+
+
+class BatchNorms:
+    """What a strategy with several ranks does about batch normalizations of the models that it prepares.
+
+    Args:
+        runtime: Of the run.
+        synchronize: `sync_batchnorm`.
+    """
+
+    def __init__(self, runtime: Runtime, *, synchronize: bool) -> None:
+        self._synchronize, self._on_host = synchronize, runtime.device.type == "cpu"
+        self._is_main, self._has_warned = runtime.topology.is_main, False
+
+    def see_to(self, model: nn.Module) -> None:
+        """Let those of a model be synchronized, in place, or warn that they are not, once in a run."""
+        if self._synchronize:
+            synchronize_batchnorm(model, on_host=self._on_host)
+        elif not self._has_warned and (names := of_each_rank(model)):
+            self._has_warned = True
+            if self._is_main:
+                warn_of_each_rank(names)
 
 
 def of_each_rank(model: nn.Module) -> list[str]:

@@ -29,6 +29,7 @@ from distrib.logging import notice
 from distrib.state import Runtime, ShardedState, TensorSpec, TrainState
 from distrib.strategies import batchnorm, ddp_hooks, slices
 from distrib.strategies.base import Capabilities, StepResult
+from distrib.strategies.placing import root_of, spread_buffers
 from distrib.strategies.single import Single
 
 _SPENT: Final = "spent"  # true, as DDP wants it; see DDP.backward
@@ -52,7 +53,7 @@ class DDP(Single):
         self._bucketing: dict[str, Any] = {key: options[key] for key in _BUCKETING if key in options}
         if self._hook == "none" and runtime.precision.reduce is not None:
             self._hook = next(name for name, x in ddp_hooks.FORMATS.items() if x is runtime.precision.reduce)
-        self._sync_batchnorm = options.get("sync_batchnorm") is True
+        self._batch_norms = batchnorm.BatchNorms(runtime, synchronize=options.get("sync_batchnorm") is True)
         self._alone = runtime.collectives.world_size == 1
         self._wrapped: list[weakref.ref[DistributedDataParallel]] = []
         self._first_steps: weakref.WeakKeyDictionary[nn.Module, FirstStep] = weakref.WeakKeyDictionary()
@@ -61,7 +62,6 @@ class DDP(Single):
         self._not_averaged_of: dict[int, tuple[int, list[nn.Parameter]]] = {}  # by id of the optimizer
         self._guards: list[Any] = []  # handles of forward hooks that are there until the first step
         self._said: set[str] = set()
-        self._has_warned = False
         if self._static and self._looks is True:
             raise StrategyError(
                 "D0807",
@@ -73,7 +73,7 @@ class DDP(Single):
     def prepare(self, state: TrainState) -> TrainState:
         if not self._alone:
             for model in filter(_is_trained, state.models):
-                self._see_to_batchnorm(model)
+                self._batch_norms.see_to(model)
         state = super().prepare(state)
         self._not_averaged_of.clear()  # a model that comes now may have what was in none before
         return replace(state, models=tuple(map(self._wrap, state.models)))
@@ -215,14 +215,6 @@ class DDP(Single):
         self._not_averaged_of[id(optimizer)] = len(optimizer.param_groups), outside
         return outside
 
-    def _see_to_batchnorm(self, model: nn.Module) -> None:
-        if self._sync_batchnorm:
-            batchnorm.synchronize_batchnorm(model, on_host=self.runtime.device.type == "cpu")
-        elif (names := batchnorm.of_each_rank(model)) and not self._has_warned:
-            self._has_warned = True
-            if self.runtime.topology.is_main:
-                batchnorm.warn_of_each_rank(names)
-
     def _compress(self, model: DistributedDataParallel) -> None:
         if self._hook == "powersgd" and (sparse := ddp_hooks.sparse_modules(model.module)):
             raise StrategyError(
@@ -239,12 +231,9 @@ class DDP(Single):
             self._power_sgd[model] = state
 
     def _spread_buffers(self, models: Sequence[nn.Module]) -> None:
-        """Give every rank rank 0's buffers, as the next forward would: they are what the run goes on with. Collective."""
-        for model in models:
-            buffers = dict(model.named_buffers()) if isinstance(model, DistributedDataParallel) else {}
-            if buffers:
-                for name, value in self.runtime.collectives.broadcast(buffers).items():
-                    buffers[name].copy_(value)
+        """Give every rank rank 0's buffers, as the next forward would. Collective."""
+        wrapped = [x for x in models if isinstance(x, DistributedDataParallel)]
+        spread_buffers(wrapped, self.runtime.collectives)
 
     def _guard(self, model: nn.Module, _: Any) -> None:
         """Raise at the next forward, as torch does but in our form, in a loop whose steps are not ours."""
@@ -418,7 +407,7 @@ def _refuse_gradients(outside: Sequence[nn.Parameter], optimizer: Optimizer) -> 
 
 def _wrapper(model: nn.Module) -> DistributedDataParallel | None:
     """Return the wrapper of a prepared model, also of one that has been compiled since."""
-    found = getattr(model, "_orig_mod", model)
+    found = root_of(model)
     return found if isinstance(found, DistributedDataParallel) else None
 
 

@@ -19,11 +19,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapp
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from distrib.collectives.sync import take_over
@@ -38,6 +38,7 @@ from distrib.strategies.context import dividing
 from distrib.strategies.deepspeed_config import (
     Seen,
     Settings,
+    UserFile,
     check,
     engine_config,
     read_user_file,
@@ -45,18 +46,40 @@ from distrib.strategies.deepspeed_config import (
     stage_of,
     unused_scaling,
 )
+from distrib.strategies.deepspeed_errors import told
+from distrib.strategies.deepspeed_nvme import (
+    OnDisk,
+    parameters_on_disk,
+    require_async_io,
+    uses_disk,
+    with_own_folders,
+)
 from distrib.strategies.deepspeed_ops import build_ops, has_float16, join_process_group, load_deepspeed
+from distrib.strategies.deepspeed_pairs import (
+    copy_for_engine,
+    match_norms,
+    pairs_of,
+    refuse_batchnorm,
+    refuse_wide,
+)
 from distrib.strategies.deepspeed_state import LAYOUTS, Held
 from distrib.strategies.gradients import norm_to_the_power, scale_and_check
-from distrib.strategies.placing import Replaced, apply_policy, refuse_half_precision, refuse_wrapped
+from distrib.strategies.placing import (
+    Replaced,
+    apply_policy,
+    refuse_half_precision,
+    refuse_wrapped,
+    root_of,
+    spread_buffers,
+)
 
 if TYPE_CHECKING:
     from distrib.accelerator import Accelerator
 
 _ANY_MODEL = Seen(1, 1)  # one that is not there yet
+_CONFIGURATION = "_distrib_deepspeed_configuration"  # attribute of a model: what `configure` was given
 _HELD = "_distrib_deepspeed"  # attribute of a model and of its optimizer
 _LOG = logging.getLogger(__name__)
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _STEPPED = StepResult(stepped=True)
 _NOT_FINITE = StepResult(stepped=False, reason="DeepSpeed found gradients that are not finite")
 
@@ -71,7 +94,7 @@ class DeepSpeed(Strategy):
         ("cpu", "cuda"),
         model_and_optimizer_together=True,
         whole_replicas=False,
-        axes=("shard",),
+        axes=("shard", "context"),
         free_axis="shard",
     )
 
@@ -81,18 +104,15 @@ class DeepSpeed(Strategy):
         env: Any = options["env"]
         self._deepspeed = load_deepspeed(env, runtime.device.type, runtime.topology.local_rank)
         check(self._user, self._settings)
-        self._stage = stage_of(self._user, self._settings)
         refuse_precision(runtime.precision, self._stage)
+        self._extensions = Path(env["TORCH_EXTENSIONS_DIR"])
         join_process_group(self._deepspeed, runtime)
         self._parts = dividing(runtime, options)
         self._replaced = Replaced()
         self._engines: list[weakref.ref[Held]] = []  # in the order in which all ranks have made them
-        self._said_batchnorm = False
+        self._batch_norms = batchnorm.BatchNorms(runtime, synchronize=options.get("sync_batchnorm") is True)
         self._used: list[dict[str, Any]] = []
-        if names := unused_scaling(self._user):
-            self._say(
-                f"deepspeed: {', '.join(names)} in {self._user.path} do nothing: distrib scales losses (docs/numbers.md)"
-            )
+        self._say_unused(self._user)
 
     def prepare(self, state: TrainState) -> TrainState:
         for model in state.models:
@@ -102,7 +122,7 @@ class DeepSpeed(Strategy):
             self._place(model)
         for optimizer in state.optimizers:
             self._replaced.point(optimizer)
-        for model, optimizer in _pairs(state):
+        for model, optimizer in pairs_of(state):
             self._make_engine(model, optimizer)
         for model in state.models:
             if _held_of(model) is None and any(x.requires_grad for x in model.parameters()):
@@ -154,17 +174,21 @@ class DeepSpeed(Strategy):
     def clip_grad_norm_(
         self, parameters: Sequence[nn.Parameter], max_norm: float, norm_type: float = 2.0
     ) -> Tensor:
-        norm_type = float(norm_type)
-        gradients = self._gradients({id(x) for x in parameters}, finished=True)
-        device = self.runtime.device
-        total = norm_to_the_power(gradients, norm_type, device).to(torch.float32)
-        if self._stage > 0:
+        norm_type, wanted, device = float(norm_type), {id(x) for x in parameters}, self.runtime.device
+        held = [x for x in self._all_held() if not x.ids.isdisjoint(wanted)]
+        whole = self._gradients(wanted, finished=True, of=[x for x in held if x.stage == 0])
+        parts = self._gradients(wanted, finished=True, of=[x for x in held if x.stage > 0])
+        total = norm_to_the_power(parts, norm_type, device).to(torch.float32)
+        if any(x.stage > 0 for x in held):
             op = "max" if norm_type == torch.inf else "sum"
             total = self.runtime.collectives.all_reduce_(total, op)  # type: ignore[arg-type]
+        if whole:
+            of_whole = norm_to_the_power(whole, norm_type, device).to(torch.float32)
+            total = torch.maximum(total, of_whole) if norm_type == torch.inf else total + of_whole
         if norm_type != torch.inf:
             total = total.pow(1 / norm_type)
         factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        for gradient in gradients:
+        for gradient in whole + parts:
             gradient.mul_(factor.to(gradient.device, gradient.dtype))
         return total
 
@@ -183,14 +207,14 @@ class DeepSpeed(Strategy):
     def replicated(self, model: nn.Module) -> dict[str, Tensor]:
         found = super().replicated(model)
         held = _held_of(model)
-        if held is None or self._stage < 3:
+        if held is None or held.stage < 3:
             return found
         divided = {id(x) for x in model.parameters()}
         return {name: x for name, x in found.items() if id(x) not in divided}
 
     def whole_state_dict(self, model: nn.Module) -> dict[str, Any]:
         held = _held_of(model)
-        self._spread_buffers([model])
+        spread_buffers([model], self.runtime.collectives)
         masters = held.whole_masters(self.runtime.collectives) if held is not None else {}
         return {
             name: masters.get(id(x), x.detach()) if isinstance(x, Tensor) else x
@@ -203,7 +227,7 @@ class DeepSpeed(Strategy):
 
         Every rank has to make the same changes. In mixed precision the whole parameters are in the compute dtype.
         """
-        self._spread_buffers([model])
+        spread_buffers([model], self.runtime.collectives)
         held = _held_of(model)
         with nullcontext() if held is None else held.gathered():
             yield model
@@ -231,7 +255,9 @@ class DeepSpeed(Strategy):
                 fix="pip install transformers accelerate; or load the model outside of it, whole on every rank",
             )
         integration = importlib.import_module("transformers.integrations.deepspeed")
-        config = engine_config(self._user, self._settings, _ANY_MODEL, self._kept_in())
+        config = with_own_folders(
+            engine_config(self._user, self._settings, _ANY_MODEL, self._kept_in(self._stage))
+        )
         alive = integration.HfDeepSpeedConfig(config)  # transformers has only a weak reference
         try:
             yield
@@ -241,15 +267,15 @@ class DeepSpeed(Strategy):
 
     def describe(self) -> str:
         """Return what is divided over how many ranks, a line for each engine."""
-        what = ("nothing", "optimizer state", "optimizer state and gradients", "all of it")[self._stage]
+        what = ("nothing", "optimizer state", "optimizer state and gradients", "all of it")
         ranks = self.runtime.collectives.world_size
         return "\n".join(
-            f"{type(x.module).__name__}: ZeRO stage {self._stage}, {what} divided over {ranks} ranks"
+            f"{type(x.module).__name__}: ZeRO stage {x.stage}, {what[x.stage]} divided over {ranks} ranks"
             for x in self._all_held()
         )
 
     def sharded_state(self, state: TrainState) -> ShardedState:
-        self._spread_buffers(state.models)
+        spread_buffers(state.models, self.runtime.collectives)
         names = self.parameter_names(state.models)
         return slices.joined([
             *(self._model_slices(m, slices.module_prefix(i)) for i, m in enumerate(state.models)),
@@ -297,10 +323,11 @@ class DeepSpeed(Strategy):
 
     def _place(self, model: nn.Module) -> None:
         """Take rank 0's values over, apply the precision policy and move the model, in place. Collective."""
-        root = _root(model)
+        root = root_of(model)
         if _held_of(model) is not None:
             return
-        self._see_to_batchnorm(root)
+        if self.runtime.collectives.world_size > 1:
+            self._batch_norms.see_to(root)
         Forwards(self.options, self._parts, say=self.runtime.topology.is_main).replace(model)
         if meta.is_empty(root):
             with self._replaced.watching(root):
@@ -309,41 +336,75 @@ class DeepSpeed(Strategy):
         apply_policy(model.to(self.runtime.device), self.runtime)
 
     def _make_engine(self, model: nn.Module, optimizer: Optimizer) -> None:
-        root = _root(model)
+        root = root_of(model)
         if optimizer.state:
             raise StrategyError(
                 "D0876",
                 f"{type(optimizer).__name__} has state already, which DeepSpeed would lay out anew and lose",
                 fix="prepare the optimizer before its first step, and load its state with load_state afterwards",
             )
-        _refuse_wide(root)
-        if self._kept_in() is not None:
-            _refuse_batchnorm(root)
-        own = _copy_for_engine(optimizer)
-        config = engine_config(self._user, self._settings, Seen.of(root), self._kept_in())
+        refuse_wide(root)
+        user, settings = self._configuration_of(root)
+        stage = stage_of(user, settings)
+        kept_in = self._kept_in(stage)
+        if kept_in is not None:
+            refuse_batchnorm(root)
+        own = copy_for_engine(optimizer)
+        config = engine_config(user, settings, Seen.of(root), kept_in)
         self._used.append(copy.deepcopy(config))
         if self.runtime.topology.is_main:
             _LOG.debug("DeepSpeed's configuration for %s: %s", type(root).__name__, json.dumps(config))
-        engine, *_ = self._deepspeed.initialize(model=root, optimizer=own, config=config)
-        held = LAYOUTS[self._stage](engine, optimizer)
+        if uses_disk(config):
+            require_async_io(self._extensions)
+            config = with_own_folders(config)
+        layout = OnDisk if uses_disk(config) else LAYOUTS[stage]
+        with told(f"making an engine for {type(root).__name__}", config, user):
+            if kept_in is None and not has_float16() and parameters_on_disk(config):
+                # DeepSpeed 0.19 would put float32 on the disk in bfloat16, unless it is asked this way.
+                self._deepspeed.zero.Init(module=root, config_dict_or_path=config)
+            engine, *_ = self._deepspeed.initialize(model=root, optimizer=own, config=config)
+            held = layout(engine, optimizer, lambda doing: told(doing, config, user))
         if engine.bfloat16_enabled() or engine.fp16_enabled():
-            _match_norms(root)
+            match_norms(root)
         vars(root)[_HELD] = vars(optimizer)[_HELD] = held
         self._engines = [x for x in self._engines if x() is not None] + [weakref.ref(held)]
 
     def _all_held(self) -> list[Held]:
         return [x for reference in self._engines if (x := reference()) is not None]
 
-    def _kept_in(self) -> torch.dtype | None:
+    @property
+    def _stage(self) -> int:
+        """Of models that have no configuration of their own."""
+        return stage_of(self._user, self._settings)
+
+    def _configuration_of(self, root: nn.Module) -> tuple[UserFile, Settings]:
+        """Return what the user says of a model's engine: the run's own configuration, or that of `configure`."""
+        own: UserFile | None = vars(root).get(_CONFIGURATION)
+        if own is None:
+            return self._user, self._settings
+        settings = replace(
+            self._settings,
+            stage_is_set=False,
+            offload=dict.fromkeys(self._settings.offload, "none"),
+            nvme_path=None,
+        )
+        check(own, settings)
+        refuse_precision(self.runtime.precision, stage_of(own, settings))
+        self._say_unused(own)
+        return own, settings
+
+    def _kept_in(self, stage: int) -> torch.dtype | None:
         """Return the format of the parameters that are computed with; None leaves them as they are, under autocast."""
         narrow = self.runtime.precision.compute
-        if self._stage == 0 or (narrow is torch.float16 and not has_float16()):
+        if stage == 0 or (narrow is torch.float16 and not has_float16()):
             return None
         return narrow
 
-    def _gradients(self, wanted: Collection[int], *, finished: bool) -> list[Tensor]:
+    def _gradients(
+        self, wanted: Collection[int], *, finished: bool, of: Sequence[Held] | None = None
+    ) -> list[Tensor]:
         found: list[Tensor] = []
-        for held in self._all_held():
+        for held in self._all_held() if of is None else of:
             if not held.ids.isdisjoint(wanted):
                 if finished:
                     held.finish()
@@ -360,7 +421,7 @@ class DeepSpeed(Strategy):
 
         def slice_of(name: str, tensor: Tensor) -> Slice:
             parameter = parameters.get(name)
-            if parameter is None or not (self._stage == 3 or held.steps(parameter)):
+            if parameter is None or not (held.stage == 3 or held.steps(parameter)):
                 return whole(name, tensor)
             fragment = held.fragment(parameter)
             return fragment.slice_of(name, fragment.master)
@@ -416,35 +477,19 @@ class DeepSpeed(Strategy):
                 held.base.state[flat].update(values)
         optimizer.state.clear()
 
-    def _see_to_batchnorm(self, model: nn.Module) -> None:
-        if self.options.get("sync_batchnorm") is True:
-            batchnorm.synchronize_batchnorm(model, on_host=torch.empty(0, device=self.runtime.device).is_cpu)
-        elif self.runtime.collectives.world_size > 1 and (names := batchnorm.of_each_rank(model)):
-            if not self._said_batchnorm and self.runtime.topology.is_main:
-                batchnorm.warn_of_each_rank(names)
-            self._said_batchnorm = True
-
-    def _spread_buffers(self, models: Sequence[nn.Module]) -> None:
-        """Give every rank rank 0's buffers: they are what the run goes on with. Collective."""
-        for model in models:
-            buffers = dict(model.named_buffers())
-            if buffers and self.runtime.collectives.world_size > 1:
-                for name, value in self.runtime.collectives.broadcast(buffers).items():
-                    buffers[name].copy_(value)
+    def _say_unused(self, user: UserFile) -> None:
+        if names := unused_scaling(user):
+            self._say(
+                f"deepspeed: {', '.join(names)} in {user.path} do nothing: distrib scales losses (docs/numbers.md)"
+            )
 
     def _say(self, text: str) -> None:
         if self.runtime.topology.is_main:
             notice(text)
 
 
-def _root(model: nn.Module) -> nn.Module:
-    """Return the module that the engine gets: the user's own, below what `torch.compile` puts around it."""
-    found: nn.Module = getattr(model, "_orig_mod", model)
-    return found
-
-
 def _held_of(model: nn.Module) -> Held | None:
-    root = _root(model)
+    root = root_of(model)
     held: Held | None = vars(root).get(_HELD)
     return held if held is not None and held.module is root else None  # a copy of a model has no engine
 
@@ -454,23 +499,6 @@ def _held_by(optimizer: Optimizer) -> Held:
     return held
 
 
-def _match_norms(model: nn.Module) -> None:
-    """Let normalizations take what comes in the format of their weights: on the CPU, autocast does not see to it."""
-
-    def narrowed(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        weight = module.weight
-        assert isinstance(weight, Tensor), "it was looked at below"
-        if not weight.is_cpu:
-            return inputs
-        return tuple(
-            x.to(weight.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
-        )
-
-    for module in model.modules():
-        if isinstance(module, _NORMS) and isinstance(module.weight, Tensor):
-            module.register_forward_pre_hook(narrowed)
-
-
 def _shared(name: str, value: Tensor) -> Slice:
     """Describe a number that all parameters of a flat tensor share; each stores it as its own."""
 
@@ -478,82 +506,6 @@ def _shared(name: str, value: Tensor) -> Slice:
         value.copy_(filled)
 
     return replace(whole(name, value.clone()), commit=commit)
-
-
-def _copy_for_engine(optimizer: Optimizer) -> Optimizer:
-    """Return an optimizer like the user's that DeepSpeed may take apart: its groups get other parameters.
-
-    Hooks are shared. `step` is not: schedulers have put a counter around the user's.
-    """
-    own: Optimizer = object.__new__(type(optimizer))
-    vars(own).update({key: x for key, x in vars(optimizer).items() if key != "step"})
-    own.state = type(optimizer.state)(dict)
-    trained = [[x for x in group["params"] if x.requires_grad] for group in optimizer.param_groups]
-    own.param_groups = [
-        {**group, "params": parameters}
-        for group, parameters in zip(optimizer.param_groups, trained, strict=True)
-        if parameters
-    ]
-    return own
-
-
-def _pairs(state: TrainState) -> list[tuple[nn.Module, Optimizer]]:
-    """Return each optimizer's model.
-
-    Raises:
-        StrategyError: D0874, D0875, unless each optimizer trains parameters of exactly one model, and no other does.
-    """
-    pairs: list[tuple[nn.Module, Optimizer]] = []
-    for optimizer in state.optimizers:
-        stepped = {id(x) for group in optimizer.param_groups for x in group["params"]}
-        models = [m for m in state.models if not stepped.isdisjoint(map(id, m.parameters()))]
-        if not models:
-            raise StrategyError(
-                "D0874",
-                f"{type(optimizer).__name__} steps no parameter of the models in this call; DeepSpeed needs a model and "
-                "its optimizer together",
-                where="prepare",
-                fix="model, optimizer = accelerator.prepare(model, optimizer)",
-            )
-        taken = any(models[0] is model for model, _ in pairs)
-        if len(models) > 1 or taken or stepped - {id(x) for x in models[0].parameters()}:
-            what = (
-                f"steps {len(models)} models"
-                if len(models) > 1
-                else f"is a second one for {type(models[0]).__name__}"
-                if taken
-                else f"steps parameters that are not in {type(models[0]).__name__}"
-            )
-            raise StrategyError(
-                "D0875",
-                f"{type(optimizer).__name__} {what}; a DeepSpeed engine has one model and one optimizer",
-                where="prepare",
-                fix="give each model one optimizer of its own, with its parameters only, or choose fsdp or ddp",
-            )
-        pairs.append((models[0], optimizer))
-    return pairs
-
-
-def _refuse_wide(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.dtype is torch.float64:
-            raise StrategyError(
-                "D0877",
-                f"{name} is in float64, which DeepSpeed keeps and exchanges in float32",
-                fix="give prepare a float32 model (model.float()), or choose ddp or fsdp",
-            )
-
-
-def _refuse_batchnorm(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.track_running_stats:
-            raise StrategyError(
-                "D0879",
-                f"{name or 'the model'} is a {type(module).__name__}, whose weights would be in 16 bits and its statistics in "
-                "float32, which torch does not compute with",
-                where="mixed_precision",
-                fix="set mixed_precision: no or deepspeed.zero_stage: 0, where autocast is used, or choose ddp or fsdp",
-            )
 
 
 def _refuse_new_groups(held: Held) -> None:
@@ -582,6 +534,33 @@ def init_sharded(accelerator: Accelerator) -> Iterator[None]:
     strategy = accelerator._strategy
     with strategy.making_sharded() if isinstance(strategy, DeepSpeed) else nullcontext():
         yield
+
+
+def configure(model: nn.Module, config: str | os.PathLike[str] | Mapping[str, Any]) -> None:
+    """Give a model's engine a DeepSpeed configuration of its own, before `prepare`, as for a teacher or an adversary.
+
+    It stands in the place of `deepspeed.config`, `zero_stage`, `offload_optimizer`, `offload_param` and `nvme_path`. What it
+    does not say has DeepSpeed's or this library's default; the stage is `zero_stage`.
+
+    Args:
+        model: It is prepared with its optimizer afterwards.
+        config: A JSON file of DeepSpeed's, or a mapping with what would stand in one. It is checked in `prepare`.
+
+    Raises:
+        ConfigError: D0880, D0881, if the file cannot be read or holds no JSON object.
+        StrategyError: D0949, if the model has an engine already.
+    """
+    root = root_of(model)
+    if _held_of(model) is not None:
+        raise StrategyError(
+            "D0949",
+            f"{type(root).__name__} is prepared already, so its engine has a configuration",
+            where="configure",
+            fix="call configure before prepare",
+        )
+    read = read_user_file(config)
+    named = isinstance(config, Mapping)
+    vars(root)[_CONFIGURATION] = UserFile(f"configure({type(root).__name__})", read.tree) if named else read
 
 
 def main(arguments: Sequence[str], env: MutableMapping[str, str]) -> int:

@@ -58,6 +58,10 @@ _VALUES: Final[Mapping[str, tuple[type, ...]]] = {
     "zero_allow_untested_optimizer": (bool,),
     "zero_force_ds_cpu_optimizer": (bool,),
 }
+_OFFLOADS: Final = {
+    "offload_optimizer": 1,
+    "offload_param": 3,
+}  # what can be offloaded -> the least stage that does
 _COMMUNICATION: Final = ("fp32", "bf16", "fp16")
 _SCALING: Final = (
     "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale",
@@ -83,7 +87,7 @@ _REFUSED: Final = {
     "checkpoint": "save_state and load_state write and read checkpoints",
     "compile": "set compile.scope",
     "tensor_parallel": "set mesh.tensor with strategy: fsdp",
-    "sequence_parallel_size": "set mesh.context with strategy: fsdp or ddp",
+    "sequence_parallel_size": "set mesh.context, which divides sequences between the ranks of any model with blocks",
     "pipeline": "set mesh.pipeline with strategy: fsdp",
     "elasticity": "the launcher restarts runs: launch.max_restarts",
     "autotuning": "leave it out",
@@ -96,6 +100,8 @@ _REFUSED: Final = {
     "zero_optimization.cpu_offload_param": "write offload_param: {device: cpu}",
     "zero_optimization.cpu_offload_use_pin_memory": "write pin_memory inside offload_optimizer and offload_param",
     "zero_optimization.offload_optimizer.super_offload": "leave it out",
+    "zero_optimization.offload_optimizer.ratio": "leave it out: all optimizer state is offloaded, or none",
+    "zero_optimization.zero_quantized_nontrainable_weights": "leave it out: frozen weights stay exact",
     "bf16.immediate_grad_update": "leave it out",
     "bf16.bf16_master_weights_and_grads": "leave it out: masters are float32",
     "bf16.bf16_optimizer_states": "leave it out: optimizer state is float32",
@@ -118,7 +124,7 @@ class UserFile:
     """A user's own DeepSpeed configuration.
 
     Attributes:
-        path: The file; empty if there is none.
+        path: The file, or the setting that holds what it says; empty if there is none.
         tree: What it says.
     """
 
@@ -147,19 +153,25 @@ class Settings:
         stage: `deepspeed.zero_stage`, which a file may decide if it is not set.
         stage_is_set: Whether it is.
         offload: `deepspeed.offload_optimizer` and `offload_param`, by name.
+        nvme_path: `deepspeed.nvme_path`; None if it is not set.
         global_batch_size: As there; None if it is not set.
         accumulation: `gradient_accumulation_steps`; None if it is not set.
         precision: Number formats.
         world_size: Number of ranks.
+        readers: How many of them read different samples.
+        device_type: torch's name of the device: "cpu", "cuda".
     """
 
     stage: int
     stage_is_set: bool
     offload: Mapping[str, str]
+    nvme_path: str | None
     global_batch_size: int | None
     accumulation: int | None
     precision: PrecisionPolicy
     world_size: int
+    readers: int
+    device_type: str
 
     @classmethod
     def of(cls, options: Mapping[str, object], runtime: Runtime) -> Settings:
@@ -168,11 +180,14 @@ class Settings:
         return cls(
             stage=int(str(options.get("zero_stage", 2))),
             stage_is_set="deepspeed.zero_stage" in explicit,
-            offload={name: str(options.get(name, "none")) for name in ("offload_optimizer", "offload_param")},
+            offload={name: str(options.get(name, "none")) for name in _OFFLOADS},
+            nvme_path=None if (path := options.get("nvme_path")) is None else str(path),
             global_batch_size=explicit.get("global_batch_size"),
             accumulation=explicit.get("gradient_accumulation_steps"),
             precision=runtime.precision,
             world_size=runtime.collectives.world_size,
+            readers=runtime.readers.world_size,
+            device_type=runtime.device.type,
         )
 
 
@@ -182,30 +197,34 @@ class Seen:
 
     Attributes:
         numel: Elements of all parameters.
+        largest: Elements of the largest one.
         hidden_size: Of a model that says it in its configuration, as those of transformers do; else None.
     """
 
     numel: int
     hidden_size: int | None
+    largest: int = 1
 
     @classmethod
     def of(cls, model: nn.Module) -> Seen:
         """Look at a model."""
-        numel = sum(getattr(x, "ds_numel", x.numel()) for x in model.parameters())
+        sizes = [getattr(x, "ds_numel", x.numel()) for x in model.parameters()]
         config = getattr(model, "config", None)
         config = getattr(config, "text_config", None) or config
         size = getattr(config, "hidden_size", None)
-        return cls(numel, size if isinstance(size, int) else None)
+        return cls(sum(sizes), size if isinstance(size, int) else None, max(sizes, default=1))
 
 
 def read_user_file(path: object) -> UserFile:
-    """Read a user's own file; None is none.
+    """Read a user's own file; None is none, and a mapping is what would stand in it.
 
     Raises:
         ConfigError: D0880, if it cannot be read; D0881, if it holds no JSON object.
     """
     if path is None:
         return UserFile()
+    if isinstance(path, Mapping):
+        return UserFile("deepspeed.config", dict(path))
     name = str(path)
     try:
         text = Path(name).read_text(encoding="utf-8")
@@ -302,6 +321,19 @@ def unused_scaling(user: UserFile) -> list[str]:
     return [f"fp16.{name}" for name in _SCALING if f"{user.get(f'fp16.{name}', AUTO)}" != AUTO]
 
 
+def zero_options() -> Iterator[str]:
+    """Yield the dotted keys that DeepSpeed has in `zero_optimization`."""
+    module, _, name = _MODELS["zero_optimization"].partition(":")
+    yield from _keys_of(getattr(importlib.import_module(module), name), "zero_optimization")
+
+
+def _keys_of(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, entry in model.model_fields.items():
+        yield f"{prefix}.{name}"
+        if (inner := _model_in(entry.annotation)) is not None:
+            yield from _keys_of(inner, f"{prefix}.{name}")
+
+
 def refuse_precision(policy: PrecisionPolicy, stage: int) -> None:
     """Refuse number formats that ZeRO's stages do not have.
 
@@ -329,6 +361,11 @@ def _zero_config(user: UserFile, settings: Settings, seen: Seen, stage: int) -> 
     for name, device in settings.offload.items():
         if device != "none":
             zero[name] = {**zero.get(name, {}), "device": device}
+        if zero.get(name, {}).get("device") == "nvme":
+            path = zero[name].get("nvme_path", settings.nvme_path)
+            zero[name] = {**zero[name], "nvme_path": path}
+            if name == "offload_param":  # DeepSpeed's own default takes gigabytes, whatever the model
+                zero[name].setdefault("buffer_size", -(-seen.largest // settings.world_size))
     if stage in (1, 2) and zero.get("offload_optimizer", {}).get("device", "none") == "none":
         zero.setdefault("compute_grad_norm", False)  # clipping makes its own, when it is asked for
     if stage == 1:
@@ -391,7 +428,7 @@ def _check_model(user: UserFile, key: str, tree: Mapping[str, Any], model: type[
     _check_names(user, key, tree, list(known))
     for name, value in tree.items():
         inner = _model_in(known[name][1].annotation)
-        if f"{key}.{name}" in _REFUSED and value not in (False, None):
+        if f"{key}.{name}" in _REFUSED and value not in (False, None, known[name][1].default):
             raise _refusal(user, f"{key}.{name}")
         if inner is not None and value is not None:
             _check_section(user, f"{key}.{name}", value)
@@ -449,7 +486,7 @@ def _check_formats(user: UserFile, settings: Settings) -> None:
 
 def _check_sizes(user: UserFile, settings: Settings) -> None:
     total, micro, steps = (None if user.get(x, AUTO) == AUTO else int(user.get(x)) for x in _SIZES)
-    ranks = settings.world_size
+    ranks = settings.readers
     if total is not None and micro is not None and steps is not None and total != micro * steps * ranks:
         raise _contradiction(
             user,
@@ -472,7 +509,7 @@ def _steps_of(settings: Settings, micro: int | None) -> float | None:
     """Return how many micro-steps this run's settings make of a window; None if a loader's batches decide it."""
     if settings.global_batch_size is None:
         return settings.accumulation or 1
-    return None if micro is None else settings.global_batch_size / (micro * settings.world_size)
+    return None if micro is None else settings.global_batch_size / (micro * settings.readers)
 
 
 def _other_size(user: UserFile, key: str, stated: int, name: str, ours: int | None) -> ConfigError:
@@ -490,32 +527,15 @@ def _check_zero(user: UserFile, settings: Settings) -> None:
             f"deepspeed.zero_stage is {settings.stage}",
             "remove one of them",
         )
-    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        in_file, ours = user.get(f"zero_optimization.{name}.device", "none"), settings.offload[name]
-        if "none" not in (in_file, ours) and in_file != ours:
-            raise _contradiction(
-                user,
-                f"zero_optimization.{name}.device",
-                in_file,
-                f"deepspeed.{name} is {ours}",
-                "remove one of them",
-            )
-        device = in_file if in_file != "none" else ours
-        where = user.where(f"zero_optimization.{name}") if in_file != "none" else f"deepspeed.{name}"
-        if device == "nvme":
-            raise ConfigError(
-                "D0886",
-                "is nvme, which this version does not have: state on a disk is not in its checkpoints yet",
-                where=where,
-                fix="set it to cpu or none",
-            )
-        if device != "none" and stage < least:
-            raise ConfigError(
-                "D0887",
-                f"is {device}, but the stage is {stage}; it needs {'stage 3' if least == 3 else 'a stage of at least 1'}",
-                where=where,
-                fix=f"set deepspeed.zero_stage: {least}, or leave {name} out",
-            )
+    devices = [_check_offload(user, settings, name, stage) for name in _OFFLOADS]
+    if settings.nvme_path is not None and "nvme" not in devices:
+        raise ConfigError(
+            "D0887",
+            f"is {settings.nvme_path}, but nothing is offloaded to nvme",
+            where="deepspeed.nvme_path",
+            fix="set deepspeed.offload_optimizer or offload_param to nvme, or remove it",
+        )
+    _check_plus_plus(user, settings, stage)
     if stage == 1 and user.get("zero_optimization.overlap_comm") is True:
         raise ConfigError(
             "D0887",
@@ -523,6 +543,81 @@ def _check_zero(user: UserFile, settings: Settings) -> None:
             where=user.where("zero_optimization.overlap_comm"),
             fix="leave it out, or set stage: 2",
         )
+
+
+def _check_offload(user: UserFile, settings: Settings, name: str, stage: int) -> str:
+    """Check where `name` is to be kept, and return it: "none", "cpu" or "nvme"."""
+    in_file, ours = user.get(f"zero_optimization.{name}.device", "none"), settings.offload[name]
+    if "none" not in (in_file, ours) and in_file != ours:
+        raise _contradiction(
+            user,
+            f"zero_optimization.{name}.device",
+            in_file,
+            f"deepspeed.{name} is {ours}",
+            "remove one of them",
+        )
+    device = in_file if in_file != "none" else ours
+    where = user.where(f"zero_optimization.{name}") if in_file != "none" else f"deepspeed.{name}"
+    if device == "nvme":
+        _check_nvme_path(user, settings, name, where)
+    least = 3 if device == "nvme" else _OFFLOADS[name]
+    if device != "none" and stage < least:
+        raise ConfigError(
+            "D0887",
+            f"is {device}, but the stage is {stage}; it needs {'stage 3' if least == 3 else 'a stage of at least 1'}",
+            where=where,
+            fix=f"set deepspeed.zero_stage: {least}, or leave {name} out",
+        )
+    return str(device)
+
+
+def _check_nvme_path(user: UserFile, settings: Settings, name: str, where: str) -> None:
+    in_file = user.get(f"zero_optimization.{name}.nvme_path")
+    if in_file is None and settings.nvme_path is None:
+        raise ConfigError(
+            "D0941",
+            "is nvme, but nothing says in which folder of which disk",
+            where=where,
+            fix="set deepspeed.nvme_path to a folder of a local disk",
+        )
+    if None not in (in_file, settings.nvme_path) and in_file != settings.nvme_path:
+        raise _contradiction(
+            user,
+            f"zero_optimization.{name}.nvme_path",
+            in_file,
+            f"deepspeed.nvme_path is {settings.nvme_path}",
+            "remove one of them",
+        )
+
+
+def _check_plus_plus(user: UserFile, settings: Settings, stage: int) -> None:
+    """Check the options of ZeRO++."""
+    for name in ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"):
+        key = f"zero_optimization.{name}"
+        value = user.get(key, default=False)
+        if value in (False, 0, 1) and value is not True:
+            continue
+        if stage < 3:
+            raise ConfigError(
+                "D0887",
+                f"is {show(value)}, but the stage is {stage}; it needs stage 3",
+                where=user.where(key),
+                fix="set stage: 3, or leave it out",
+            )
+        if value is True and settings.device_type != "cuda":
+            raise ConfigError(
+                "D0942",
+                f"is true, but the device is {settings.device_type}; DeepSpeed has kernels that quantize for cuda only",
+                where=user.where(key),
+                fix="leave it out on this device",
+            )
+        if value is not True and settings.world_size % value:
+            raise ConfigError(
+                "D0943",
+                f"is {value}, which does not divide the {settings.world_size} ranks of this run",
+                where=user.where(key),
+                fix="set it to the number of ranks on a node, or leave it out",
+            )
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

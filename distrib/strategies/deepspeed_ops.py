@@ -37,7 +37,11 @@ from distrib.state import Runtime
 
 _REPORT_S: Final = 30.0
 _RENAMED: Final = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
-_KNOWN: Final = ("untested optimizer", "torch.autocast is enabled outside DeepSpeed")
+_KNOWN: Final = (
+    "untested optimizer",
+    "torch.autocast is enabled outside DeepSpeed",
+    "Offloading to NVMe can generate heavy write traffic",
+)
 _GUARDED: Final = "_distrib_guarded"
 BUILD_AHEAD: Final = {"cpu": ("CPUAdamBuilder",), "cuda": ("CPUAdamBuilder", "FusedAdamBuilder")}
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch.optim import Optimizer
 from distrib.collectives.base import Collectives
 from distrib.errors import StrategyError
 from distrib.state import Interval, Slice, TensorSpec
+
+Told = Callable[[str], AbstractContextManager[None]]
 
 _GATHERED = "distrib"  # stands for a module that needs the whole parameter
 
@@ -63,15 +65,18 @@ class Held(ABC):
     Args:
         engine: A `DeepSpeedEngine` with an optimizer.
         given: The user's optimizer, whose groups list the parameters of the module.
+        told: Makes a context in which errors of DeepSpeed are told in our form, from what goes on.
 
     Attributes:
+        stage: Of ZeRO.
         ids: Of all parameters in these groups.
         is_dirty: Whether there are gradients.
         is_finished: Whether they are averaged.
     """
 
-    def __init__(self, engine: Any, given: Optimizer) -> None:
-        self.engine, self.zero, self.given = engine, engine.optimizer, given
+    def __init__(self, engine: Any, given: Optimizer, told: Told) -> None:
+        self.engine, self.zero, self.given, self._told = engine, engine.optimizer, given, told
+        self.stage = int(engine.zero_optimization_stage())
         self.module: nn.Module = engine.module
         self.ids = {id(x) for group in given.param_groups for x in group["params"]}
         # as they were when the engine was made: what is frozen later keeps its place
@@ -97,7 +102,8 @@ class Held(ABC):
         """Let the next backward add to the gradients and exchange nothing at its end that a step would need."""
         self._set_boundary(at_end=False)
         self.engine._running_engine_backward = True  # so that hooks leave the end of the backward to us
-        self.engine._backward_prologue()
+        with self._told("backward"):
+            self.engine._backward_prologue()
 
     def after_backward(self) -> None:
         """End a backward, which may have reached none of the parameters.
@@ -110,7 +116,8 @@ class Held(ABC):
             self._leave_backward()
             return
         self.is_dirty = True
-        self.engine._backward_epilogue()
+        with self._told("backward"):
+            self.engine._backward_epilogue()
         if self.is_finished:
             self.forget()
             raise StrategyError(
@@ -129,7 +136,8 @@ class Held(ABC):
     def finish(self) -> None:
         """Average the gradients of the window over the ranks, if that is not done. Collective."""
         if self.is_dirty and not self.is_finished:
-            self._finish()
+            with self._told("averaging gradients"):
+                self._finish()
             self.is_finished = True
 
     def forget(self) -> None:
@@ -145,7 +153,9 @@ class Held(ABC):
             return True
         self._take_over_options()
         self._set_boundary(at_end=True)
-        self.engine.step()
+        with self._told("a step"):
+            self._hand_over()
+            self.engine.step()
         self._set_boundary(at_end=False)
         self.given._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers look there
         stepped: bool = self.engine.was_step_applied()
@@ -234,6 +244,10 @@ class Held(ABC):
     def _leave_backward(self) -> None:
         self.zero.exit_backward()
 
+    def _hand_over(self) -> None:
+        """Bring finished gradients to where the optimizer looks for them; in memory they are there already."""
+        return
+
     @abstractmethod
     def _finish(self) -> None: ...
 
@@ -259,8 +273,8 @@ class Held(ABC):
 class Whole(Held):
     """Stage 0: everything is whole on every rank, and only gradients are exchanged."""
 
-    def __init__(self, engine: Any, given: Optimizer) -> None:
-        super().__init__(engine, given)
+    def __init__(self, engine: Any, given: Optimizer, told: Told) -> None:
+        super().__init__(engine, given, told)
         self._reached = False
         for x in self.trained():
             x.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
@@ -307,8 +321,8 @@ class Whole(Held):
 class Flat(Held):
     """Stages 1 and 2: the parameters of a group lie one after the other, and each rank updates a part of the whole."""
 
-    def __init__(self, engine: Any, given: Optimizer) -> None:
-        super().__init__(engine, given)
+    def __init__(self, engine: Any, given: Optimizer, told: Told) -> None:
+        super().__init__(engine, given, told)
         self._groups: dict[int, int] = {}
         self._offsets: dict[int, int] = {}
         for number, (parameters, flat) in enumerate(
@@ -404,26 +418,40 @@ class Partitioned(Held):
 
     def fragment(self, parameter: nn.Parameter) -> Fragment:
         x: Any = parameter
-        size, number = x.ds_numel, x.partition_numel()
-        low = dist.get_rank(x.ds_process_group) * number
-        start, stop = min(low, size), min(low + number, size)
+        start, stop = self._bounds(x)
         if not self.steps(x):
-            return Fragment(
-                tuple(x.ds_shape), start, stop, x.ds_tensor.data.view(-1)[: stop - start], None, 0
-            )
+            return Fragment(tuple(x.ds_shape), start, stop, self._computed(x)[: stop - start], None, 0)
         group, offset, _ = self.zero.grad_position[self.zero.get_param_id(x)]
         flat = self.zero.fp32_partitioned_groups_flat[group]
-        master = flat.data.narrow(0, offset, stop - start)
+        master = self._values_of(group).narrow(0, offset, stop - start)
         return Fragment(tuple(x.ds_shape), start, stop, master, flat, offset)
 
     def computed_part(self, parameter: nn.Parameter, fragment: Fragment) -> Tensor:
-        values: Tensor = parameter.ds_tensor.data.view(-1)  # type: ignore[attr-defined]
-        return values[: fragment.stop - fragment.start]
+        return self._computed(parameter)[: fragment.stop - fragment.start]
 
     def refresh(self) -> None:
         for number in range(len(self.zero.fp16_groups)):
-            self.zero._reassign_or_swap_out_partitioned_parameters(number)
+            self._refresh_group(number)
         self.zero.checkpoint_event_epilogue()
+
+    def _bounds(self, parameter: Any) -> tuple[int, int]:
+        """Return which elements of a flattened parameter are this rank's: the first, and the one after the last."""
+        size, number = parameter.ds_numel, parameter.partition_numel()
+        low = dist.get_rank(parameter.ds_process_group) * number
+        return min(low, size), min(low + number, size)
+
+    def _values_of(self, group: int) -> Tensor:
+        """Return the live masters of a group, flat."""
+        values: Tensor = self.zero.fp32_partitioned_groups_flat[group].data
+        return values
+
+    def _computed(self, parameter: Any) -> Tensor:
+        """Return the live part of a parameter that forwards compute with, flat and perhaps padded."""
+        values: Tensor = parameter.ds_tensor.data.view(-1)
+        return values
+
+    def _refresh_group(self, group: int) -> None:
+        self.zero._reassign_or_swap_out_partitioned_parameters(group)
 
     def before_loading(self) -> None:
         super().before_loading()

@@ -63,6 +63,8 @@ from distrib.strategies.placing import (
     move_state,
     refuse_half_precision,
     refuse_wrapped,
+    root_of,
+    spread_buffers,
 )
 from distrib.strategies.sequence import SequenceParallel, cannot_divide
 from distrib.strategies.tensor import TensorPlan, find_plan, parallelise, whole_parameters
@@ -104,7 +106,7 @@ class FSDP(Strategy):
         self._reshards = options.get("reshard_after_forward", True) is True
         self._prefetch = int(str(options.get("prefetch", 1)))
         self._always_reduces = options.get("reduce_each_micro_step") is True
-        self._sync_batchnorm = options.get("sync_batchnorm") is True
+        self._batch_norms = batchnorm.BatchNorms(runtime, synchronize=options.get("sync_batchnorm") is True)
         self._alone = runtime.collectives.world_size == 1
         # ranks that share sequences hold different parts of parameters, too
         self._data = runtime.mesh.data_parallel_size * runtime.mesh.size("context")
@@ -129,7 +131,6 @@ class FSDP(Strategy):
         self._compared: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._names = WeakIdKeyDictionary()  # parameter as optimizers know it -> name
         self._units: list[tuple[str, Units]] = []
-        self._said_batchnorm = False
         self._sequences: weakref.WeakKeyDictionary[nn.Module, SequenceParallel] = weakref.WeakKeyDictionary()
 
     def prepare(self, state: TrainState) -> TrainState:
@@ -225,7 +226,7 @@ class FSDP(Strategy):
                 fsdp_state.forget_unexchanged(root, wanted)
 
     def runner_of(self, model: nn.Module) -> Runner | None:
-        found: Runner | None = vars(_root(model)).get(_RUNNER)
+        found: Runner | None = vars(root_of(model)).get(_RUNNER)
         return found
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
@@ -299,7 +300,7 @@ class FSDP(Strategy):
         """
         if self._pipelining is not None:
             raise not_whole("gathered")
-        root = _root(model)
+        root = root_of(model)
         fsdp_state.reshard(root)
         self._spread_buffers([model])
         shards = {name: x for name, x in root.named_parameters() if isinstance(x, DTensor)}
@@ -343,7 +344,7 @@ class FSDP(Strategy):
     def _roots_of(self, model: nn.Module) -> Sequence[nn.Module]:
         """Return what is the root of units: the model, or its stages on this rank."""
         runner = self.runner_of(model)
-        return [_root(model)] if runner is None else runner.cut.stages
+        return [root_of(model)] if runner is None else runner.cut.stages
 
     def _reshard(self, models: Sequence[nn.Module]) -> None:
         for model in models:
@@ -393,7 +394,7 @@ class FSDP(Strategy):
 
     def _place(self, model: nn.Module) -> None:
         """Apply the precision policy, take rank 0's values over and shard the model, in place. Collective."""
-        root = _root(model)
+        root = root_of(model)
         Forwards(self.options, self._parts, say=self.runtime.topology.is_main).replace(model, self._wrap)
         with self._replaced.watching(root):
             if self._alone:
@@ -401,7 +402,7 @@ class FSDP(Strategy):
                     meta.materialise(root, self._device, self.runtime.collectives)
                 apply_policy(model.to(self._device), self.runtime)
                 return
-            self._see_to_batchnorm(root)
+            self._batch_norms.see_to(root)
             take_over(root, self.runtime.collectives)
             apply_policy(model, self.runtime)
             if self._tensor > 1:
@@ -547,22 +548,10 @@ class FSDP(Strategy):
                 fix="end what is divided before them with rowwise or colwise_gather_output",
             )
 
-    def _see_to_batchnorm(self, model: nn.Module) -> None:
-        if self._sync_batchnorm:
-            batchnorm.synchronize_batchnorm(model, on_host=self._device.type == "cpu")
-        elif (names := batchnorm.of_each_rank(model)) and not self._said_batchnorm:
-            self._said_batchnorm = True
-            if self.runtime.topology.is_main:
-                batchnorm.warn_of_each_rank(names)
-
     def _spread_buffers(self, models: Sequence[nn.Module]) -> None:
-        """Give every rank the buffers of the first that holds them: the run goes on with them. Collective."""
+        """Give every rank the buffers of the first that holds them. Collective."""
         ranks = self.runtime.collectives if self._pipelining is None else self.runtime.readers
-        for model in models:
-            buffers = {name: x for name, x in model.named_buffers() if not x.is_meta}
-            if buffers and not self._alone:
-                for name, value in ranks.broadcast(buffers).items():
-                    buffers[name].copy_(value)
+        spread_buffers(models, ranks)
 
 
 class _NoSync:
@@ -583,12 +572,6 @@ class _NoSync:
             vars(root)[_QUIET] = depth
             vars(root)[_LEFT] = True  # from now on gradients may lie on the rank
             root.set_requires_gradient_sync(depth == 0)
-
-
-def _root(model: nn.Module) -> nn.Module:
-    """Return the module that is sharded: the user's own, below what `torch.compile` puts around it."""
-    found: nn.Module = getattr(model, "_orig_mod", model)
-    return found
 
 
 def _after_forward(root: nn.Module, _: Any, output: Any) -> None:

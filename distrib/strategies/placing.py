@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
+from distrib.collectives.base import Collectives
 from distrib.errors import StrategyError
 from distrib.logging import notice
 from distrib.precision import apply_precision, fp8, matching
@@ -55,6 +56,21 @@ class Replaced:
             optimizer.state[now] = {
                 key: convert(value, now) if convert else value for key, value in state.items()
             }
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """Return the user's own module, below what `torch.compile` puts around it."""
+    found: nn.Module = getattr(model, "_orig_mod", model)
+    return found
+
+
+def spread_buffers(models: Iterable[nn.Module], ranks: Collectives) -> None:
+    """Give all of `ranks` the buffers that the first has: they are what a run goes on with. Collective."""
+    for model in models if ranks.world_size > 1 else ():
+        buffers = {name: x for name, x in model.named_buffers() if not x.is_meta}
+        if buffers:
+            for name, value in ranks.broadcast(buffers).items():
+                buffers[name].copy_(value)
 
 
 def apply_policy(model: nn.Module, runtime: Runtime) -> nn.Module:

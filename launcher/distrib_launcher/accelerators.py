@@ -8,6 +8,9 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from distrib_launcher import tpu
+
+_WITH_XLA = {"xla": True}  # device -> whether ranks that ask for it compute with XLA
 _GPU = re.compile(
     r"nvidia\d+"
 )  # /dev/nvidia0, ...; the driver makes one for each GPU that this container may use
@@ -26,6 +29,16 @@ def processes_for(device: str, env: Mapping[str, str]) -> tuple[int, str]:
     if not torch_is_built_for_cuda(_torch_version_file()):
         return 1, "torch is built without CUDA"
     return count_gpus(_device_files(), env)
+
+
+def may_use_xla(device: str, env: Mapping[str, str]) -> bool:
+    """Whether the ranks will compute with XLA, by the setting `device`.
+
+    With `auto` they do where torch_xla is installed and there is a TPU, or PJRT_DEVICE says what to use instead.
+    """
+    if device != "auto":
+        return _WITH_XLA.get(device, False)
+    return tpu.xla_is_installed() and bool(env.get("PJRT_DEVICE") or tpu.find_chips().count)
 
 
 def may_use_gpus(device: str) -> bool:

@@ -21,6 +21,8 @@ def start_up_lines(plan: LaunchPlan, reasons: Reasons, config: RunConfig, redact
     processes = f"{plan.num_processes} process{'es' if plan.num_processes > 1 else ''}"
     if config.launch.nproc_per_node == "auto":
         processes += f" ({reasons.processes}; -n N starts N)"
+    if plan.machine.count > 1:
+        processes += f", {_machine(plan)}; --nnodes 1 stays on this one"
     threads = f"{plan.threads} thread{'s' if plan.threads > 1 else ''} each ({reasons.threads})"
     told = [f"distrib: {plan.program.shown(redactor.words)}: {processes}", _device(config), threads]
     if plan.start_method == "fork":
@@ -50,6 +52,15 @@ def _without_effect(plan: LaunchPlan, reasons: Reasons, config: RunConfig) -> li
     return [f"distrib: warning: {name} has no effect, {why}" for name in names]
 
 
+def _machine(plan: LaunchPlan) -> str:
+    """Say which of the job's machines this is."""
+    machine = plan.machine
+    return (
+        f"ranks {plan.ranks[0]} to {plan.ranks[-1]} of {plan.world_size}: machine {machine.index} of {machine.count} "
+        f"({machine.reason})"
+    )
+
+
 def _device(config: RunConfig) -> str:
     where = config.source("device").where
     return f"device {config.device} ({where or 'the ranks choose'})"
@@ -71,12 +82,13 @@ def plan_lines(plan: LaunchPlan, reasons: Reasons, redactor: Redactor) -> list[s
     lines = [
         f"command: {plan.program.shown(redactor.words)}",
         f"processes: {plan.num_processes} ({reasons.processes})",
+        *([f"machines: {_machine(plan)}"] if plan.machine.count > 1 else []),
         f"threads: {plan.threads} ({reasons.threads})",
         f"start method: {plan.start_method} ({reasons.start_method})",
         *numa_lines(plan.bindings),
     ]
-    for rank in range(plan.num_processes):
-        variables = plan.variables(rank)
+    for local_rank, rank in enumerate(plan.ranks):
+        variables = plan.variables(local_rank)
         if not plan.master_port:
             variables["MASTER_PORT"] = "<a free port>"
         shown = (f"{name}={shlex.quote(value)}" for name, value in variables.items())

@@ -116,7 +116,9 @@ def _launch(
         call = Path(folder) / "call"
         _write_call(call, fn, args, kwargs, where)
         name = getattr(fn, "__qualname__", repr(fn))
-        plan, reasons = make_plan(Program("function", str(call), title=f"{name}()"), config, env)
+        plan, reasons = make_plan(
+            Program("function", str(call), title=f"{name}()"), config, env, stays_alone=True
+        )
         job = Launch(plan, env, embedded=True)
         code = job.run("\n".join(start_up_lines(plan, reasons, config, Redactor(env))))
         if job.interrupted == signal.SIGINT:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from distrib.errors import LaunchError
 from distrib_launcher.numa import Binding
+from distrib_launcher.rendezvous import HOST
 from distrib_launcher.starting import WorkerSpec
 from distrib_launcher.worker import BINDING
 
@@ -64,12 +65,29 @@ class Program:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """This machine among those of the job, each of which has a launcher of its own.
+
+    Attributes:
+        index: Its number; the first one's ranks come first, and all ranks meet there.
+        count: How many there are, all with equally many ranks.
+        reason: Who says so.
+        main_host: The first one's address.
+    """
+
+    index: int = 0
+    count: int = 1
+    reason: str = "one machine"
+    main_host: str = HOST
+
+
+@dataclass(frozen=True)
 class LaunchPlan:
     """One launch on this machine.
 
     Attributes:
         program: What every rank runs.
-        num_processes: How many ranks.
+        num_processes: How many ranks on this machine.
         threads: CPU threads for each rank.
         master_addr: Address at which the ranks meet.
         master_port: Its port; 0 while it is not chosen yet.
@@ -84,6 +102,9 @@ class LaunchPlan:
         shown_ranks: Whose output is shown; None: everybody's.
         bindings: What each rank is bound to; empty: to nothing.
         serves_store: Whether the launcher's side serves the store at the address.
+        machine: Which of several this is.
+        device_variables: What each rank here gets for its device, by local rank; empty: nothing.
+        exclusive: Device files that no other program may have open.
     """
 
     program: Program
@@ -102,26 +123,41 @@ class LaunchPlan:
     shown_ranks: frozenset[int] | None = None
     bindings: tuple[Binding, ...] = ()
     serves_store: bool = False
+    machine: Machine = Machine()
+    device_variables: tuple[Mapping[str, str], ...] = ()
+    exclusive: tuple[str, ...] = ()
 
-    def variables(self, rank: int) -> dict[str, str]:
-        """Return the environment variables that a rank gets from the launcher."""
+    @property
+    def world_size(self) -> int:
+        """The ranks of all machines."""
+        return self.num_processes * self.machine.count
+
+    @property
+    def ranks(self) -> range:
+        """The ranks of this machine."""
+        first = self.num_processes * self.machine.index
+        return range(first, first + self.num_processes)
+
+    def variables(self, local_rank: int) -> dict[str, str]:
+        """Return the environment variables that a rank of this machine gets from the launcher."""
         return {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(self.num_processes),
-            "LOCAL_RANK": str(rank),
+            "RANK": str(self.ranks[local_rank]),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(local_rank),
             "LOCAL_WORLD_SIZE": str(self.num_processes),
-            "NODE_RANK": "0",
-            "GROUP_RANK": "0",
-            "GROUP_WORLD_SIZE": "1",
+            "NODE_RANK": str(self.machine.index),
+            "GROUP_RANK": str(self.machine.index),
+            "GROUP_WORLD_SIZE": str(self.machine.count),
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
             "OMP_NUM_THREADS": str(self.threads),
             "DISTRIB_CONFIG": self.config,
             "TORCHELASTIC_RESTART_COUNT": str(self.attempt),
             "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
-            **({BINDING: json.dumps(self.bindings[rank])} if self.bindings else {}),
+            **({BINDING: json.dumps(self.bindings[local_rank])} if self.bindings else {}),
             # torch's own name for "every rank is a client of the store, rank 0 too"
             **({"TORCHELASTIC_USE_AGENT_STORE": "True"} if self.serves_store else {}),
+            **(self.device_variables[local_rank] if self.device_variables else {}),
         }
 
     def workers(self, env: Mapping[str, str]) -> tuple[WorkerSpec, ...]:
@@ -132,8 +168,10 @@ class LaunchPlan:
         """
         inherited = {name: value for name, value in env.items() if not name.startswith(_OTHER_LAUNCHERS)}
         return tuple(
-            WorkerSpec(rank, self.program.kind, self.program.words, {**inherited, **self.variables(rank)})
-            for rank in range(self.num_processes)
+            WorkerSpec(
+                rank, self.program.kind, self.program.words, {**inherited, **self.variables(local_rank)}
+            )
+            for local_rank, rank in enumerate(self.ranks)
         )
 
 

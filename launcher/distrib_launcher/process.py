@@ -126,7 +126,7 @@ class Supervisor:
     def __enter__(self) -> Supervisor:
         with ExitStack() as stack:
             self._selector = stack.enter_context(selectors.DefaultSelector())
-            stack.enter_context(_signals(self._selector))
+            stack.enter_context(delivered_signals(self._selector))
             self._strangers = {process.pid for process in guard.processes() if process.parent == os.getpid()}
             self._adopts = stack.enter_context(_adopting_orphans())
             self._guard = _Guard(self.marker)
@@ -508,7 +508,7 @@ def _adopting_orphans() -> Iterator[bool]:
 
 
 @contextmanager
-def _signals(selector: selectors.BaseSelector) -> Iterator[None]:
+def delivered_signals(selector: selectors.BaseSelector) -> Iterator[None]:
     """Deliver signals as bytes on a descriptor of the selector, for the duration of the block."""
     read, write = os.pipe()
     os.set_blocking(write, False)

@@ -22,23 +22,24 @@ class ReservedPort:
     Args:
         port: The port, or 0 for a free one.
         where: What asked for the port, to be named in an error.
+        for_others: Whether ranks of other machines meet here too; else it is this machine's own.
 
     Raises:
         LaunchError: if the port is taken or not ours to take.
     """
 
-    def __init__(self, port: int = 0, *, where: str | None = None) -> None:
-        self._lock = _lock(port, where) if port else None
+    def __init__(self, port: int = 0, *, where: str | None = None, for_others: bool = False) -> None:
+        self._lock = _lock(port, where, for_others=for_others) if port else None
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         if (
             port
         ):  # a port of the kernel's choice is free; asking with the option might give one that is shared
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            self._socket.bind((HOST, port))
+            self._socket.bind(("" if for_others else HOST, port))
         except (OSError, OverflowError) as error:
             self.release()
-            raise _refused(port, where, error) from error
+            raise _refused(port, where, error, for_others=for_others) from error
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.port: int = self._socket.getsockname()[1]
 
@@ -61,7 +62,7 @@ class ReservedPort:
             self._lock.close()
 
 
-def _lock(port: int, where: str | None) -> socket.socket | None:
+def _lock(port: int, where: str | None, *, for_others: bool) -> socket.socket | None:
     """Keep two launches from the same port: their reservations would not disturb each other, but their ranks would."""
     if sys.platform != "linux":
         return None
@@ -70,23 +71,28 @@ def _lock(port: int, where: str | None) -> socket.socket | None:
         lock.bind(f"\0distrib-launch-port-{port}")  # an abstract name: as local as the port, and gone with us
     except OSError as error:
         lock.close()
-        raise _refused(port, where, error) from error
+        raise _refused(port, where, error, for_others=for_others) from error
     return lock
 
 
-def _refused(port: int, where: str | None, error: Exception) -> LaunchError:
+def _refused(port: int, where: str | None, error: Exception, *, for_others: bool) -> LaunchError:
+    instead = (
+        "name a free one on every machine: --master-port"
+        if for_others
+        else "leave the port out, so that a free one is chosen"
+    )
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         return LaunchError(
             "D0301",
             f"port {port} is in use{_owner(port)}; expected a free one",
             where=where,
-            fix="leave the port out, so that a free one is chosen, or name another one",
+            fix=instead if for_others else f"{instead}, or name another one",
         )
     return LaunchError(
         "D0302",
         f"port {port} on {HOST} cannot be used: {error}",
         where=where,
-        fix="leave the port out, so that a free one is chosen, or name one above 1023",
+        fix=instead if for_others else f"{instead}, or name one above 1023",
     )
 
 

@@ -29,6 +29,14 @@ DEVICE_EXCEPTIONS = {
         "distrib/strategies/fsdp.py",
         "cpu",
     ): "offloaded shards are pinned only where there is a device to copy from",
+    (
+        "distrib/strategies/batchnorm.py",
+        "cpu",
+    ): "torch's synchronized BatchNorm has no kernel for host memory",
+    (
+        "distrib/strategies/deepspeed_config.py",
+        "cuda",
+    ): "DeepSpeed quantizes with kernels for one kind of device",
     ("distrib/checkpoint/transfer.py", "cpu"): "a file is read straight into host memory only",
     ("distrib/topology/threads.py", "cpu"): "the name of a cgroup controller, no device",
     (

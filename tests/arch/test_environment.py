@@ -12,7 +12,8 @@ import pytest
 from tests.arch.sources import below, dotted, place, tree_of
 
 READERS = ("environ", "environb", "getenv", "getenvb", "putenv", "unsetenv")
-PROGRAMS = {"distrib/strategies/deepspeed.py"}  # also run as one: build-ops, whose edge it is
+# also run as programs, whose edge they are: build-ops; health and check
+PROGRAMS = {"distrib/strategies/deepspeed.py", "distrib/strategies/xla.py"}
 REASON = re.compile(r"# noqa: TID251 \(.{5,}\)")
 
 

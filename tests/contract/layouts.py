@@ -11,7 +11,11 @@ import torch
 from distrib.strategies import STRATEGIES
 
 _HALVES = {"plan": ("0=colwise", "2=rowwise")}
-INSTALLED = [name for name in STRATEGIES if name != "deepspeed" or find_spec("deepspeed")]
+INSTALLED = [
+    name
+    for name in STRATEGIES
+    if "cpu" in STRATEGIES.get(name).capabilities.devices and (name != "deepspeed" or find_spec("deepspeed"))
+]
 # name -> settings, and the world sizes that they fit
 VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "fsdp, gradients only": ({"strategy": "fsdp", "fsdp": {"reshard_after_forward": False}}, (2,)),
@@ -39,6 +43,12 @@ if "deepspeed" in INSTALLED:
         f"deepspeed, stage {stage}": (
             {"strategy": "deepspeed", "deepspeed": {"zero_stage": stage}},
             (1, 2, 3),
+        )
+        for stage in range(4)
+    } | {
+        f"deepspeed, stage {stage}, context 2": (
+            {"strategy": "deepspeed", "deepspeed": {"zero_stage": stage}, "mesh": {"context": 2}},
+            (4,),
         )
         for stage in range(4)
     }

@@ -38,7 +38,7 @@ def with_distrib(strategy: str, accumulation: int, clip: bool, count: int | None
 
 
 def test_every_strategy_has_its_loop_by_hand():
-    assert set(BY_HAND) == set(STRATEGIES)
+    assert set(BY_HAND) == {name for name in STRATEGIES if "cpu" in STRATEGIES.get(name).capabilities.devices}
 
 
 @by_strategy

@@ -19,13 +19,17 @@ def shuffled_order(n: int, seed: int):
 
 def train(
     layout, n, micro, accumulation, steps, *, counted=False, clip=None, shuffle=False, tail="exact",
-    dtype=torch.float64, workers=0, global_batch=None, zero_grad="end", seed=11,
+    dtype=torch.float64, workers=0, global_batch=None, zero_grad="end", seed=11, device="cpu",
 ):  # fmt: skip
-    """Train for `steps` optimizer steps; return (parameters, losses of global batches, ids per step)."""
+    """Train for `steps` optimizer steps; return (parameters, losses of global batches, ids per step).
+
+    `layout` is one of `layouts`, or settings.
+    """
     options = (
         {"global_batch_size": global_batch} if global_batch else {"gradient_accumulation_steps": accumulation}
     )
-    accelerator = Accelerator(RunConfig(seed=seed, device="cpu", **settings_of(layout), **options))
+    settings = settings_of(layout) if isinstance(layout, str) else layout
+    accelerator = Accelerator(RunConfig(seed=seed, device=device, **settings, **options))
     model = make_model(dtype)
     loader = loader_for(n, micro, shuffle=shuffle, dtype=dtype, num_workers=workers, drop_last=tail == "drop")
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(model), loader)

@@ -524,7 +524,7 @@ IMPORTS = """
 import sys, distrib
 from distrib import Accelerator
 from distrib.strategies import STRATEGIES
-assert STRATEGIES.get("deepspeed").capabilities.axes == ("shard",)
+assert STRATEGIES.get("deepspeed").capabilities.axes == ("shard", "context")
 import torch
 a = Accelerator(strategy="ddp", cpu=True)
 m = torch.nn.Linear(2, 2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from distrib import Accelerator, RunConfig
-from distrib.strategies.deepspeed import init_sharded
+from distrib import Accelerator, RunConfig, StrategyError
+from distrib.strategies.deepspeed import configure, init_sharded
 from distrib.testing import run_ranks
 
 if find_spec("deepspeed") is None:
@@ -237,3 +239,71 @@ def test_a_run_in_bf16_goes_on_bit_for_bit_at_the_same_world_size(tmp_path, stag
     for first, second in run_ranks(resumed, 2, stage, "bf16", str(tmp_path)):
         assert_close(second, first, atol=0)
         assert not torch.equal(first["0.weight"], model_of().state_dict()["0.weight"])
+
+
+QUIET = """
+import sys
+import torch
+from distrib import Accelerator, RunConfig, StrategyError
+a = Accelerator(RunConfig(strategy="deepspeed", device="cpu", deepspeed={"zero_stage": int(sys.argv[1])}))
+m = torch.nn.Linear(3, 2)
+m, o = a.prepare(m, torch.optim.AdamW(m.parameters()))
+for _ in range(2):
+    a.backward(m(torch.ones(1, 3)).sum())
+    o.step()
+    o.zero_grad()
+"""
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_shows_nothing_of_what_deepspeed_says_at_every_start(stage):
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET, str(stage)], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert [x for x in (done.stdout + done.stderr).splitlines() if not x.startswith("distrib: ")] == []
+
+
+def clipped_together(stages: list[int]) -> Any:
+    """Train two models with engines of their own stages, whose gradients are clipped by one norm."""
+    accelerator = Accelerator(RunConfig(strategy="deepspeed", device="cpu", seed=3))
+    models = [model_of() for _ in stages]
+    for model, stage in zip(models, stages, strict=True):
+        configure(model, {"zero_optimization": {"stage": stage}})
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.05) for model in models]
+    optimizers = accelerator.prepare(*models, *optimizers)[len(models) :]
+    norms = []
+    for _ in range(2):
+        accelerator.backward(sum(k * loss_of(m, accelerator.process_index) for k, m in enumerate(models, 1)))
+        norms.append(float(accelerator.clip_grad_norm_([x for m in models for x in m.parameters()], 0.1)))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    accelerator.save_state(durable=False)
+    code = ""
+    try:
+        configure(models[0], {})
+    except StrategyError as error:
+        code = error.code
+    states = [{name: x.clone() for name, x in accelerator.get_state_dict(m).items()} for m in models]
+    return states, norms, accelerator._strategy.describe(), code
+
+
+@pytest.mark.parametrize("stages", [[0, 3], [1, 2]], ids=str)
+def test_engines_with_configurations_of_their_own_equal_one_process(tmp_path, monkeypatch, stages):
+    monkeypatch.chdir(tmp_path)
+    models = [model_of() for _ in stages]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.05) for model in models]
+    expected = []
+    for _ in range(2):
+        sum(k * loss_of(m, rank) / 2 for k, m in enumerate(models, 1) for rank in range(2)).backward()
+        expected.append(float(nn.utils.clip_grad_norm_([x for m in models for x in m.parameters()], 0.1)))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for states, norms, described, code in run_ranks(clipped_together, 2, stages, timeout_s=100):
+        assert norms == pytest.approx(expected, rel=1e-5)
+        for state, model in zip(states, models, strict=True):
+            assert_close(state, {name: x.detach() for name, x in model.state_dict().items()})
+        assert all(f"stage {n}," in line for n, line in zip(stages, described.splitlines(), strict=True))
+        assert code == "D0949"

@@ -49,7 +49,7 @@ def test_what_code_adds_must_go_with_what_the_launch_set() -> None:
 
 
 def test_all_problems_of_a_script_are_told_at_once() -> None:
-    values = {"seed": 2, "sed": 1, "data": {"tail": "exakt"}, "xla.spmd": True}
+    values = {"seed": 2, "sed": 1, "data": {"tail": "exakt"}, "watch.nonfinite": "raise"}
     with pytest.raises(ConfigError) as caught:
         with_code(launched(seed=1), values, "train.py:9")
     told = str(caught.value)

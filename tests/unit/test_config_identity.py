@@ -80,6 +80,13 @@ def test_the_wire_keeps_values_sources_and_what_lost(in_file: dict[str, Any], fl
     assert all(received.source(key) == config.source(key) for key in config.set_values())
 
 
+def test_the_wire_keeps_a_mapping_of_number_formats() -> None:
+    config = load_text("mixed_precision: {compute: bf16, reduce: fp32}")
+    received = from_wire(to_wire(config))
+    assert received == config
+    assert received.mixed_precision == config.mixed_precision
+
+
 @examples(max_examples=50, deadline=None)
 @given(
     st.dictionaries(st.text(string.ascii_letters, min_size=1), WORDS | st.text(string.digits + "-+.eox_:~"))

@@ -28,6 +28,9 @@ class Watched(PlainCopier):
         self._log.append(f"finish {int(started)}")
         return super().finish(started)
 
+    def next_batch(self) -> None:
+        self._log.append("next")
+
 
 def rounds(n: int, log: list[str]) -> Any:
     for i in range(n):
@@ -52,6 +55,14 @@ def test_as_many_copies_are_under_way_as_are_asked_for(prefetch: int):
         assert begun == min(len(found) + prefetch, 4)
         assert log[-1] == f"finish {len(found) - 1}"
     assert found == [(i, str(i)) for i in range(4)]
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_the_device_hears_when_the_loop_has_done_with_a_batch(prefetch: int):
+    log: list[str] = []
+    for number, _ in enumerate(placed(rounds(3, log), options(Watched(log), prefetch))):
+        assert log.count("next") == number
+    assert log.count("next") == 3
 
 
 def test_where_nothing_is_to_be_copied_the_rounds_are_handed_on():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from distrib.config import RunConfig, from_wire, load_config, to_wire
 from distrib.errors import ConfigError, StrategyError
 from distrib.precision.policy import PrecisionPolicy
 from distrib.strategies.deepspeed_config import (
@@ -24,6 +25,7 @@ from distrib.strategies.deepspeed_config import (
     stage_of,
     unused_scaling,
 )
+from distrib.strategies.deepspeed_errors import told
 
 needs_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="pip install deepspeed==0.19.8: the keys are those of its models"
@@ -36,10 +38,13 @@ def settings(**changes: Any) -> Settings:
         "stage": 2,
         "stage_is_set": False,
         "offload": {"offload_optimizer": "none", "offload_param": "none"},
+        "nvme_path": None,
+        "device_type": "cpu",
         "global_batch_size": None,
         "accumulation": None,
         "precision": PrecisionPolicy(),
         "world_size": 2,
+        "readers": 2,
     }
     return Settings(**{**values, **changes})
 
@@ -95,11 +100,40 @@ MISTAKES: list[tuple[Any, dict[str, Any], str, str]] = [
     ({"torch_autocast": {"enabled": True}}, {}, "D0886", "mixed_precision"),
     ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, {}, "D0886", "offload_optimizer"),
     (
-        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+        {},
+        "D0941",
+        "deepspeed.nvme_path",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/a"}}},
+        {},
+        "D0887",
+        "stage 3",
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/a"}}},
+        {"nvme_path": "/b"},
+        "D0884",
+        "deepspeed.nvme_path is /b",
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}},
         {},
         "D0886",
-        "nvme",
+        "offload_optimizer.ratio",
     ),
+    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}, {"world_size": 6}, "D0943", "is 4"),
+    ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}, {}, "D0887", "stage 3"),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, {}, "D0942", "cuda only"),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, {}, "D0942", "cuda only"),
+    (
+        {"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}},
+        {},
+        "D0886",
+        "frozen weights",
+    ),
+    ({"sequence_parallel_size": 2}, {}, "D0886", "mesh.context"),
     ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, {}, "D0887", "at least 1"),
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, {}, "D0887", "stage 3"),
     ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, {}, "D0887", "the stage is 1"),
@@ -127,6 +161,33 @@ def test_an_offload_of_our_own_that_the_stage_does_not_have_is_refused():
         check(UserFile(), settings(offload=offload))
 
 
+def test_a_folder_for_nvme_that_nothing_uses_is_refused():
+    with pytest.raises(ConfigError, match=r"D0887.*deepspeed.nvme_path"):
+        check(UserFile(), settings(nvme_path="/a"))
+
+
+@needs_deepspeed
+def test_what_zero_plus_plus_has_is_taken_where_it_can_run():
+    zero = {
+        "stage": 3,
+        "zero_hpz_partition_size": 2,
+        "zero_quantized_weights": True,
+        "zero_quantized_gradients": True,
+    }
+    check(UserFile("ds.json", {"zero_optimization": zero}), settings(device_type="cuda", world_size=4))
+    off = {"stage": 2, "zero_hpz_partition_size": 1, "zero_quantized_weights": False}
+    check(UserFile("ds.json", {"zero_optimization": off}), settings())
+
+
+def test_offload_to_nvme_gets_the_folder_and_buffers_of_the_model_s_size():
+    offload = {"offload_optimizer": "nvme", "offload_param": "nvme"}
+    ours = settings(stage=3, offload=offload, nvme_path="/a")
+    check(UserFile(), ours)
+    zero = engine_config(UserFile(), ours, Seen(100, None, largest=33), None)["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "nvme", "nvme_path": "/a"}
+    assert zero["offload_param"] == {"device": "nvme", "nvme_path": "/a", "buffer_size": 17}
+
+
 @pytest.mark.parametrize(
     ("text", "code", "words"),
     [
@@ -144,6 +205,21 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, text, code, words
     with pytest.raises(ConfigError, match=words) as caught:
         read_user_file(str(path))
     assert caught.value.code == code
+
+
+@needs_deepspeed
+def test_what_would_stand_in_a_file_may_stand_in_the_run_s_own_settings(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text(
+        "strategy: deepspeed\ndeepspeed:\n  config:\n    zero_optimization: {stage: 3, reduce_bucket_size: 5e8, stge: 1}\n"
+    )
+    from_file = from_wire(to_wire(load_config(tmp_path / "run.yaml", env={}))).deepspeed.config
+    from_code = RunConfig(
+        deepspeed={"config": {"zero_optimization": {"stage": 3, "stge": 1}}}
+    ).deepspeed.config
+    for tree in (from_file, from_code):
+        with pytest.raises(ConfigError, match=r"D0882.*deepspeed.config \(zero_optimization.stge\)"):
+            check(read_user_file(tree), settings())
+        assert stage_of(read_user_file(tree), settings()) == 3
 
 
 @needs_deepspeed
@@ -199,6 +275,9 @@ def test_sizes_that_say_the_same_as_the_run_are_taken():
     tree = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
     check(UserFile("ds.json", tree), settings(accumulation=2))
     check(UserFile("ds.json", tree), settings(global_batch_size=16))
+    check(
+        UserFile("ds.json", tree), settings(accumulation=2, world_size=4)
+    )  # two share each sample: mesh.context
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -220,3 +299,43 @@ def test_without_a_file_an_engine_decides_nothing_that_is_decided_here(stage):
 def test_formats_that_zero_does_not_have_are_refused(policy):
     with pytest.raises(StrategyError, match="D0879"):
         refuse_precision(policy, 2)
+
+
+def raised_in(filename: str, statement: str) -> None:
+    exec(compile(statement, filename, "exec"), {})
+
+
+DEEPSPEED_ENGINE = "/lib/site-packages/deepspeed/runtime/engine.py"
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("statement", "where"),
+    [
+        ("raise AssertionError('More elements 630000 than buffer size 10')",
+         "DeepSpeed's zero_optimization.offload_param.buffer_size"),
+        ("raise ValueError('reduce_bucket_size 7 is too small')", "ds.json (zero_optimization.reduce_bucket_size)"),
+        ("raise TypeError('no such device at this stage')", None),
+    ],
+)  # fmt: skip
+def test_an_error_of_deepspeed_s_own_code_names_the_key_it_speaks_of(statement, where):
+    user = UserFile("ds.json", {"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}})
+    with pytest.raises(StrategyError, match="D0945") as caught, told("a step", user.tree, user):
+        raised_in(DEEPSPEED_ENGINE, statement)
+    assert caught.value.where == where
+    assert "engine.py:1" in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    ("filename", "statement", "expected"),
+    [
+        ("/lib/site-packages/torch/distributed/c10d.py", "raise RuntimeError('peer is gone')", RuntimeError),
+        ("/home/me/train.py", "raise ValueError('mine')", ValueError),
+        (DEEPSPEED_ENGINE, "import torch; raise torch.OutOfMemoryError('full')", torch.OutOfMemoryError),
+        (DEEPSPEED_ENGINE, "raise KeyboardInterrupt", KeyboardInterrupt),
+    ],
+)
+def test_errors_that_are_not_deepspeed_s_stay_as_they_are(filename, statement, expected):
+    with pytest.raises(expected), told("a step", {}, UserFile()):
+        raised_in(filename, statement)

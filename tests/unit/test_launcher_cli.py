@@ -128,7 +128,7 @@ def test_a_flag_sets_its_key(capfd: pytest.CaptureFixture[str], words: list[str]
         (["--preload", "my-module"], ["D0106", "--preload", "the name of a module"]),
         (["--show-ranks", "first"], ["D0106", "--show-ranks", "the number of a rank"]),
         (["-n", "2", "--show-ranks", "0,2"], ["D0314", "--show-ranks", "there is no rank 2 among 2"]),
-        (["--hostfile", "hosts"], ["D0901", "--hostfile"]),
+        (["--hostfile", "no-such-hosts"], ["D0946", "--hostfile", "no-such-hosts"]),
         (["--rdzv_backend", "etcd"], ["D0901", "--rdzv-backend"]),
         (["--machine_rank", "1"], ["D0901", "--machine-rank"]),
         (["--master_addr", "10.0.0.1"], ["D0901", "--master-addr"]),

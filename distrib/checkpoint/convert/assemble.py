@@ -12,7 +12,7 @@ import torch
 
 from distrib.checkpoint.adopt import CONVERTED, place_name
 from distrib.checkpoint.claim import is_checkpoint
-from distrib.checkpoint.convert import accelerate, dcp, deepspeed, torch_file
+from distrib.checkpoint.convert import accelerate, dcp, deepspeed, torch_file, universal
 from distrib.checkpoint.convert.pickles import check_archive, is_archive
 from distrib.checkpoint.convert.source import Found, Stored, plain_names, refuse, values_of
 from distrib.checkpoint.progress import Progress, no_progress, watched
@@ -118,6 +118,7 @@ def _reader_of(path: Path, *, allow_pickle: bool, verify: bool) -> Read:
     readers: tuple[tuple[Callable[[Path], bool], Read], ...] = (
         (dcp.fits, partial(dcp.read, verify=verify)),
         (accelerate.fits, partial(accelerate.read, allow_pickle=allow_pickle, verify=verify)),
+        (universal.fits, universal.read),  # has files of the next one's beside its own
         (deepspeed.fits, deepspeed.read),
         (torch_file.fits, torch_file.read),
     )

@@ -35,7 +35,8 @@ class _Inert:
         self.args = args
 
 
-_INERT = [
+# what stands for classes of DeepSpeed's in its files
+INERT = [
     (_Inert, f"deepspeed.{name}")
     for name in (
         "runtime.fp16.loss_scaler.LossScaler",
@@ -78,12 +79,10 @@ def read(path: Path) -> Found:
         CheckpointError: if files are missing or damaged, hold objects that would have to be unpickled, or belong to a
             model that was divided by other means than ZeRO.
     """
-    folder = _newest(path)
-    models, where = [load(file, inert=_INERT) for file in _files(folder, _MODEL)], str(folder)
-    if not models or not isinstance(models[0], Mapping) or "module" not in models[0]:
-        refuse(where, "has no *_model_states.pt with a module")
+    folder = path if any(_files(path, _MODEL)) else named_in(path, "latest")
+    models, where = model_states(folder), str(folder)
     head = models[0]
-    ranks = [_rank(load(file, inert=_INERT), file) for file in _files(folder, _OPTIM)]
+    ranks = [_rank(load(file, inert=INERT), file) for file in _files(folder, _OPTIM)]
     schedulers = [head["lr_scheduler"]] if isinstance(head.get("lr_scheduler"), Mapping) else []
     step = head.get("global_steps", 0) - head.get("skipped_steps", 0)
     if not ranks:
@@ -91,19 +90,32 @@ def read(path: Path) -> Found:
     left_out = ["the loss scale of fp16"] if ranks[0].scales_losses else []
     pieces = _pieces(head["param_shapes"], ranks, where)
     weights = {name: _stored(x, parts, [r.flats for r in ranks]) for name, (x, parts) in pieces.items()}
-    model = {**_rest(models, ranks[0].stage, where), **weights}
-    model |= {name: _tied(model, target, where) for name, target in head.get("shared_params", {}).items()}
+    model = {**rest(models, ranks[0].stage, where), **weights}
+    model |= {name: tied(model, target, where) for name, target in head.get("shared_params", {}).items()}
     optimizer = _optimizer(pieces, head["param_shapes"], ranks, where)
     return Found("deepspeed", [model], [optimizer], schedulers, step=step, left_out=left_out)
 
 
-def _newest(path: Path) -> Path:
-    if any(_files(path, _MODEL)):
-        return path
-    name = (path / "latest").read_text(encoding="utf-8", errors="replace")[:256].strip()
+def named_in(path: Path, file: str) -> Path:
+    """Return the directory in `path` that a file there names."""
+    name = (path / file).read_text(encoding="utf-8", errors="replace")[:256].strip()
     if Path(name).name != name or name in ("", "..") or not (path / name).is_dir():
-        refuse(str(path / "latest"), f"names {name!r}, which is no directory beside it")
+        refuse(str(path / file), f"names {name!r}, which is no directory beside it")
     return path / name
+
+
+def model_states(folder: Path) -> list[Mapping[str, Any]]:
+    """Return what the files of the model hold, by rank; at least one."""
+    models = [load(file, inert=INERT) for file in _files(folder, _MODEL)]
+    if not models or not isinstance(models[0], Mapping) or "module" not in models[0]:
+        refuse(str(folder), "has no *_model_states.pt with a module")
+    return models
+
+
+def stage_in(state: Mapping[str, Any]) -> int:
+    """Return the stage that an optimizer's state says."""
+    stage = state["zero_stage"]
+    return int(stage.args[0] if isinstance(stage, _Inert) else stage)
 
 
 def _files(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
@@ -128,8 +140,7 @@ def _files(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
 def _rank(saved: Any, file: Path) -> _Rank:
     try:
         state = saved["optimizer_state_dict"]
-        stage = state["zero_stage"]
-        number = stage.args[0] if isinstance(stage, _Inert) else int(stage)
+        number = stage_in(state)
         flats = state["fp32_flat_groups" if number == 3 else "single_partition_of_fp32_groups"]
         base = state["optimizer_state_dict" if number == 3 else "base_optimizer_state"]
         if not all(isinstance(x, torch.Tensor) for x in flats) or not {"state", "param_groups"} <= {*base}:
@@ -209,7 +220,7 @@ def _cut(flats: Sequence[Sequence[torch.Tensor]], part: _Piece) -> torch.Tensor:
     return flat.narrow(0, part.offset, size)
 
 
-def _rest(models: Sequence[Mapping[str, Any]], stage: int, where: str) -> dict[str, Any]:
+def rest(models: Sequence[Mapping[str, Any]], stage: int, where: str) -> dict[str, Any]:
     """Return buffers, frozen parameters, and what is no tensor; in stage 3 rank 0's module has no parameters."""
     head = models[0]
     trained = {name for members in head["param_shapes"] for name in members}
@@ -235,7 +246,7 @@ def _rest(models: Sequence[Mapping[str, Any]], stage: int, where: str) -> dict[s
     return found
 
 
-def _tied(model: dict[str, Any], target: str, where: str) -> Stored:
+def tied(model: dict[str, Any], target: str, where: str) -> Stored:
     """Return the tensor `target` under one more name."""
     if not isinstance(model.get(target), Stored):
         refuse(where, f"has a tensor that is tied to {target!r}, which is not there")

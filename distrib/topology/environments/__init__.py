@@ -16,5 +16,6 @@ ENVIRONMENTS: Registry[type[Environment]] = Registry(
         "mpi": "distrib.topology.environments.mpi:MpiEnvironment",
         "slurm": "distrib.topology.environments.slurm:SlurmEnvironment",
         "plain": "distrib.topology.environments.plain:PlainEnvironment",
+        "tpu_pod": "distrib.topology.environments.tpu_pod:TpuPodEnvironment",
     },
 )

@@ -15,42 +15,53 @@ from typing import Final
 
 from distrib.errors import LaunchError
 from distrib_launcher import report
+from distrib_launcher.backends import Request, no_such_format
+from distrib_launcher.describing import config_lines, plan_lines, start_up_lines
 from distrib_launcher.limits import limits_behind
 from distrib_launcher.oom import count_oom_kills
-from distrib_launcher.output import Display, say, wants_color
-from distrib_launcher.plan import LaunchPlan
+from distrib_launcher.output import Display, say, show, wants_color
+from distrib_launcher.plan import LaunchPlan, find_program
+from distrib_launcher.planning import make_plan
 from distrib_launcher.process import Ended, Supervisor
 from distrib_launcher.redaction import Redactor
 from distrib_launcher.rendezvous import ReservedPort
 from distrib_launcher.run_folder import RunFolder
 from distrib_launcher.starting import Forker, PreloadFailed, StartRefused
+from distrib_launcher.tpu import refuse_if_held
 
 _NO_ROOM: Final = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 # What the ranks would import one by one. torch._dynamo comes with the first DistributedDataParallel.
 _PRELOADED: Final = ("torch", "torch.distributed", "torch._dynamo", "distrib.accelerator")
 
 
-def run(plan: LaunchPlan, env: Mapping[str, str], announce: str) -> int:
-    """Start the plan's ranks, watch them to their end, and report; after a failure, perhaps, once more.
+def run(request: Request) -> int:
+    """Start the ranks of this machine, watch them to their end, and report; after a failure, perhaps, once more.
 
     Call from the main thread.
 
     Args:
-        plan: What to start.
-        env: The environment that the ranks inherit.
-        announce: What to say when nothing stands against the start any more.
+        request: What to start, or to show.
 
     Returns:
         The exit code.
 
     Raises:
         LaunchError: if the port is taken, the folder for logs cannot be made, or the system refuses the processes.
+        ConfigError, TopologyError: as `make_plan`.
     """
-    return Launch(plan, env).run(announce)
+    if request.format != "text":
+        raise no_such_format(request, "local", ("text",))
+    config, env = request.config, request.env
+    plan, reasons = make_plan(find_program(request.kind, request.words, env), config, env)
+    redactor = Redactor(env, plan.program.words)
+    if request.dry_run:
+        lines = [*plan_lines(plan, reasons, redactor), *config_lines(config)]
+        return show(redactor.text("\n".join(lines)))
+    return Launch(plan, env).run("\n".join(start_up_lines(plan, reasons, config, redactor)))
 
 
 class Launch:
-    """One launch: its attempts, and what is told of them. Arguments and errors as of `run`.
+    """One launch: its attempts, and what is told of them. Errors as of the function `run`.
 
     Args:
         plan: What to start.
@@ -67,11 +78,16 @@ class Launch:
         self.headline, self.interrupted, self._is_closed = "", 0, False
         self._redactor = Redactor(env, plan.program.words)
         self._redact = self._redactor.text
+        refuse_if_held(plan.exclusive)
         self._port = self._reserve()
         self._folder = self._make_folder(plan.log_dir) if plan.log_dir else None
 
     def run(self, announce: str) -> int:
-        """Run it to its end; return the exit code."""
+        """Run it to its end; return the exit code.
+
+        Args:
+            announce: What to say when nothing stands against the start any more.
+        """
         where = f"\ndistrib: logs in {self._folder.path}" if self._folder else ""
         say(self._redact(announce + where))
         plan = self._plan
@@ -91,7 +107,7 @@ class Launch:
                 raise
             raise _refused(error) from error
         finally:
-            self._port.release()
+            self._release()
             self._close(code)
         return code
 
@@ -132,37 +148,46 @@ class Launch:
             plan = replace(plan, attempt=plan.attempt + 1)
             if self._folder:
                 self._folder.start_attempt(plan.attempt)
-            self._port.release()
+            self._release()
             self._port = self._reserve()
 
     def _attempt(self, plan: LaunchPlan, supervisor: Supervisor) -> Ended:
         if not supervisor.prepare():
             return Ended((), supervisor.interrupted)
         port = self._port
-        listening = port.listen() if supervisor.serves_store else None
-        plan = replace(plan, master_port=port.port, serves_store=supervisor.serves_store)
+        serves = port is not None and supervisor.serves_store
+        listening = port.listen() if port is not None and serves else None
+        plan = replace(plan, master_port=port.port if port else plan.master_port, serves_store=serves)
         folder = self._folder
         log = (lambda rank: folder.log_path(plan.attempt, rank)) if folder else None
         display = Display(plan.shown_ranks, log, wants_color(self._env))
-        handed_over = port.let_go if supervisor.serves_store else _nothing
+        handed_over = port.let_go if port is not None and serves else _nothing
         return supervisor.run(plan.workers(self._env), display, listening, handed_over)
 
-    def _reserve(self) -> ReservedPort:
-        return ReservedPort(self._plan.master_port, where=self._plan.port_from)
+    def _reserve(self) -> ReservedPort | None:
+        """Take the port at which all ranks meet; None where that is another machine's."""
+        plan = self._plan
+        if plan.machine.index:
+            return None
+        return ReservedPort(plan.master_port, where=plan.port_from, for_others=plan.machine.count > 1)
+
+    def _release(self) -> None:
+        if self._port is not None:
+            self._port.release()
 
     def _make_folder(self, log_dir: Path) -> RunFolder:
         plan = self._plan
         about = {
             "command": plan.program.shown(self._redactor.words),
             "num_processes": plan.num_processes,
-            "world_size": plan.num_processes,
+            "world_size": plan.world_size,
             "max_restarts": plan.max_restarts,
         }
         return RunFolder.create(log_dir, about)
 
     def _logs(self, plan: LaunchPlan) -> dict[int, str]:
         folder = self._folder
-        ranks = range(plan.num_processes) if folder else ()
+        ranks = plan.ranks if folder else ()
         return {rank: str(folder.log_path(plan.attempt, rank)) for rank in ranks if folder}
 
     def _report(self, ended: Ended, around: report.Circumstances) -> None:

@@ -8,12 +8,10 @@ import click
 
 from distrib.config import load_config
 from distrib.errors import ConfigError, LaunchError
-from distrib_launcher.backends import BACKENDS
+from distrib_launcher.backends import BACKENDS, Request
 from distrib_launcher.commands.options import GIVEN, flags, setting_options, twice
-from distrib_launcher.describing import config_lines, plan_lines, start_up_lines
+from distrib_launcher.describing import config_lines
 from distrib_launcher.output import show
-from distrib_launcher.plan import find_program
-from distrib_launcher.planning import make_plan
 from distrib_launcher.redaction import Redactor
 
 
@@ -35,6 +33,7 @@ from distrib_launcher.redaction import Redactor
 @click.option("-m", "--module", is_flag=True, help="PROGRAM is the name of a module.")
 @click.option("--no-python", is_flag=True, help="PROGRAM is a command.")
 @click.option("--dry-run", is_flag=True, help="Show what would run; start nothing.")
+@click.option("--format", "shown_as", metavar="FORM", help="Of --dry-run: text, or with --backend tpu gke.")
 @click.option("--explain", is_flag=True, help="Show every value and its source; start nothing.")
 @click.argument("program", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
@@ -47,10 +46,11 @@ def launch(
     module: bool,
     no_python: bool,
     dry_run: bool,
+    shown_as: str | None,
     explain: bool,
     program: tuple[str, ...],
 ) -> int:
-    """Run PROGRAM on one or more processes of this machine, and explain how it ended.
+    """Run PROGRAM on one or more processes, and explain how it ended.
 
     Everything after the program's name is the program's own.
     """
@@ -58,14 +58,16 @@ def launch(
     config = load_config(_file_of(files), env=env, flags=flags(context.meta.get(GIVEN, ()), settings))
     if explain and not dry_run:
         return show(Redactor(env).text("\n".join(config_lines(config))))
-    found = find_program(_kind(module=module, no_python=no_python), program, env)
-    plan, reasons = make_plan(found, config, env)
-    redactor = Redactor(env, plan.program.words)
-    if dry_run:
-        lines = [*plan_lines(plan, reasons, redactor), *config_lines(config)]
-        return show(redactor.text("\n".join(lines)))
-    announce = "\n".join(start_up_lines(plan, reasons, config, redactor))
-    return BACKENDS.get(config.launch.backend)(plan, env, announce)
+    kind = _kind(module=module, no_python=no_python)
+    request = Request(kind, program, config, env, dry_run=dry_run, format=shown_as or "text")
+    if shown_as and not dry_run:
+        raise LaunchError(
+            "D0308",
+            f"--format {shown_as} says how to show what would run, but nothing asks to show it",
+            where="distrib launch",
+            fix="add --dry-run, or leave --format out",
+        )
+    return BACKENDS.get(config.launch.backend)(request)
 
 
 def _file_of(files: Sequence[str]) -> str | None:

@@ -28,6 +28,7 @@ _SETTINGS: Final[tuple[tuple[tuple[str, ...], str, str], ...]] = (
     (("--grace",), "launch.grace_s", "Seconds between SIGTERM and SIGKILL."),
     (("--collective-timeout",), "watch.stall_timeout_s", "Seconds after which a collective fails."),
     (("--nnodes",), "launch.nnodes", "Machines: N or FEWEST:MOST."),
+    (("--hostfile",), "launch.hostfile", "DeepSpeed's file of machines, with one line."),
     (("--backend",), "launch.backend", "What starts the processes."),
     (("--start-method",), "launch.start_method", "fork or spawn."),
     (("--max-restarts",), "launch.max_restarts", "Restarts after a failure."),
@@ -62,7 +63,6 @@ _SEVERAL_MACHINES: Final[dict[str, tuple[str, ...]]] = {  # what they say where 
     "--rdzv-endpoint": (*_HERE, *(f"{host}:0" for host in _HERE)),
     "--rdzv-id": (),
     "--rdzv-conf": (),
-    "--hostfile": (),
 }
 
 
