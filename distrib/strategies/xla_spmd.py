@@ -146,7 +146,7 @@ class Spmd:
     def open(self, model: nn.Module) -> Iterator[None]:
         """Let the body see and change whole parameters; a changed one would lie whole on each device from then on."""
         yield
-        self._graph.run()  # without it the annotations that follow would be lost
+        self._graph.run(wait=True)  # what is still under way can get no annotation
         for parameter in self.unwrap(model).parameters():
             if parameter in self._partitions and any(self._partitions[parameter]):
                 self._spmd.clear_sharding(parameter)

@@ -47,7 +47,7 @@ class DeviceStep:
 
     def __call__(self, optimizer: Optimizer) -> None:
         """Record a step."""
-        takes_tensor = None
+        takes_tensor = _takes_tensor(optimizer)
         if takes_tensor is None:
             optimizer.step()
             return

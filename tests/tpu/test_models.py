@@ -82,7 +82,7 @@ def whole(settings):
         found["names"] = list(plain.state_dict())
         with torch.no_grad():
             for x in plain.parameters():
-                x.copy_(torch.ones_like(x))
+                x.copy_(torch.ones(x.shape).to(x.device))
     found["sharding kept"] = {name: spec(x) for name, x in inner.named_parameters()} == before
     found["values"] = {float(x.min()) for x in accelerator.get_state_dict(model).values()}
     step(accelerator, model, optimizer, batch)
