@@ -129,16 +129,16 @@ def _leave_process_group() -> None:
 
 
 def extensions_folder(env: Mapping[str, str]) -> Path:
-    """Return where compiled operations are kept: a folder of the user for these versions and this processor."""
+    """Return where compiled operations are kept: a folder of the user for these packages and this processor."""
     cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    key = f"{python}-torch{torch.__version__}-deepspeed{version('deepspeed')}-{_processor()}"
+    key = f"{python}-torch{torch.__version__}-deepspeed{version('deepspeed')}-{_origin()}"
     return cache / "distrib" / "deepspeed" / key
 
 
-def _processor() -> str:
-    """Return a name for what `-march=native` compiles for."""
-    text = platform.machine()
+def _origin() -> str:
+    """Return a name for what `-march=native` compiles for, and for where the headers lie: others are compiled anew."""
+    text = platform.machine() + str(Path(torch.__file__).parent) + sysconfig.get_path("purelib")
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         text += "".join(sorted({x for x in lines if x.startswith(("model name", "flags", "Features"))}))

@@ -11,11 +11,12 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,21 @@ def address_of(fn: Callable[..., Any]) -> FunctionAddress:
     return FunctionAddress(fn.__module__, str(Path(code.co_filename).resolve()), fn.__qualname__)
 
 
+def _end_with_caller() -> None:
+    """Wait until the process that called `run_ranks` is gone, and end with all that was started here: nobody else will."""
+    caller = multiprocessing.parent_process()
+    assert caller is not None, "a rank has been started by its caller"
+    wait([caller.sentinel])
+    os.killpg(0, signal.SIGKILL)
+
+
 def rank_main(
     env: Mapping[str, str], start_method: str, stacks: str, results: Connection, function: FunctionAddress,
     args: Sequence[Any], kwargs: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Run the function and send (True, result) or (False, Failure)."""
     os.setpgid(0, 0)  # what the function starts, such as data workers, is ended with it
+    threading.Thread(target=_end_with_caller, daemon=True).start()
     multiprocessing.set_start_method(
         start_method, force=True
     )  # a child of the fork server would have its own

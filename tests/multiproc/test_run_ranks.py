@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,38 @@ def test_the_decorator_hands_fixtures_and_parameters_to_the_ranks(tmp_path: Path
     (tmp_path / f"{word}{own_rank()}").touch()
     assert word in "ab"
     assert tmp_path.is_dir()
+
+
+def say_pids_and_wait(folder: str) -> None:
+    child = subprocess.Popen(["sleep", "1000"])
+    found = Path(folder) / f"pids-{own_rank()}"
+    found.with_suffix(".new").write_text(f"{os.getpid()} {child.pid}")
+    found.with_suffix(".new").rename(found)
+    child.wait()
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+def waited_for(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_a_killed_caller_leaves_nothing_behind(tmp_path: Path):
+    code = f"from tests.multiproc.test_run_ranks import *; run_ranks(say_pids_and_wait, 2, {str(tmp_path)!r})"
+    caller = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    try:
+        assert waited_for(lambda: len(list(tmp_path.glob("pids-?"))) == 2)
+    finally:
+        caller.kill()
+        caller.wait()
+    pids = [int(pid) for path in tmp_path.glob("pids-?") for pid in path.read_text().split()]
+    assert len(pids) == 4
+    assert waited_for(lambda: all(map(has_ended, pids)))
