@@ -716,6 +716,7 @@ class Accelerator:
             hooks=self._save_hooks,
             durable=durable,
             allow_pickle=allow_pickle,
+            arena=None if blocking else self._background.arena,
         )
         best = Best(str(keep.best_metric), keep.best_mode, keep.keep_best) if keep.keep_best else None
 

@@ -24,6 +24,7 @@ from distrib.checkpoint.hooks import (
 )
 from distrib.checkpoint.pickled import packed, unpacked
 from distrib.checkpoint.retention import METRICS
+from distrib.checkpoint.staging import Arena
 from distrib.data import PreparedDataLoader
 from distrib.errors import CheckpointError, DataError, did_you_mean
 from distrib.logging import notice
@@ -87,8 +88,9 @@ def begin_save(
     hooks: Hooks,
     durable: bool,
     allow_pickle: bool,
+    arena: Arena | None,
 ) -> Saving:
-    """Plan a checkpoint of the run as it is now, at exactly `directory`. Collective."""
+    """Plan a checkpoint of the run as it is now, at exactly `directory`; copied, with an `arena`. Collective."""
     state, ranks = strategy.sharded_state(run.for_strategy()), runtime.collectives
     objects: list[tuple[list[Any], dict[str, tuple[Slice, ...]]]] = []
 
@@ -124,7 +126,7 @@ def begin_save(
         files=taken.files,
         file_sizes=taken.sizes,
     )
-    return begin(directory, contents, ranks, durable=durable)
+    return begin(directory, contents, ranks, durable=durable, arena=arena)
 
 
 def check_metrics(wanted: str | None, given: Mapping[str, float]) -> None:

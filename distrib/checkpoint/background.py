@@ -6,15 +6,16 @@ import concurrent.futures.thread
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 
-from distrib.checkpoint.agreement import together
 from distrib.checkpoint.location import Location
 from distrib.checkpoint.staging import Arena
 from distrib.checkpoint.writer import Saving
 from distrib.collectives.base import Collectives
 
 _log = logging.getLogger(__name__)
+_HEAD_START_S = 0.005  # for the training loop
 
 
 class Pending(threading.Thread):
@@ -33,6 +34,7 @@ class Pending(threading.Thread):
         self._error: BaseException | None = None
 
     def run(self) -> None:
+        time.sleep(_HEAD_START_S)  # gives back the interpreter's lock, which a new thread holds at first
         try:
             self._saving.finish(self._collectives)
             self._after()
@@ -64,31 +66,26 @@ class Background:
 
     Args:
         collectives: The ranks that save together.
+
+    Attributes:
+        arena: Where the copies lie.
     """
 
     def __init__(self, collectives: Collectives) -> None:
         self._main = collectives
         self._beside: Collectives | None = None  # made by the first save
-        self._arena = Arena()
+        self.arena = Arena()
         self._last: Pending | None = None
         _before_executors_end(self._join)
 
     def start(self, saving: Saving, after: Callable[[], None]) -> Pending:
-        """Copy what is to be saved, and go on writing in a thread when every rank has. Collective; after `wait`.
+        """Write in a thread what has been copied. Collective; after `wait`.
 
         Args:
-            saving: A planned save.
+            saving: Begun with this object's arena.
             after: Called in that thread when the checkpoint is complete.
-
-        Raises:
-            CheckpointError: on every rank, if one cannot copy its share; the save is given up.
         """
         self._beside = self._beside or self._main.beside()
-        try:
-            together(self._main, "copying the state", lambda: saving.stage(self._arena))
-        except BaseException:
-            saving.give_up()
-            raise
         self._last = Pending(saving, self._beside, after)
         self._last.start()
         return self._last

@@ -58,6 +58,8 @@ CUSTOM_OBJECTS = f"{CUSTOM}/objects.json"
 _RESERVED = ("rng", CUSTOM)
 _VISIBLE_S = 65.0  # nfs(5), acdirmax: a client may remember for 60 s that a directory is not there
 _LOOK_S = 0.25  # between two looks
+_Owned = Mapping[tuple[str, Where], Slice]  # what a rank writes
+
 _BLOCK = 64 * 2**20  # bytes of a further file written at a time
 
 
@@ -164,8 +166,12 @@ def begin(
     *,
     durable: bool = True,
     storage: Storage | None = None,
+    arena: Arena | None = None,
 ) -> Saving:
-    """Plan a save and take its place on the disk, and write no tensor yet. Collective. As `save` otherwise."""
+    """Plan a save and take its place on the disk, and write no tensor yet. Collective. As `save` otherwise.
+
+    With an `arena`, what this rank is going to write is copied there: from now on the model may change.
+    """
     target, rank, files = locate(directory), collectives.rank, storage or Storage()
     prepared: list[_Shelf] = []
 
@@ -176,16 +182,17 @@ def begin(
     digests = collect(collectives, "preparing the checkpoint", prepare)
     shelf = prepared[0]
     shares, said = _exchange(shelf.announcement, digests, collectives)
-    agreed: list[_Agreed] = []
+    own: list[tuple[_Agreed, _Owned]] = []
     places: list[Place] = []  # rank 0's one
 
     def start() -> Location | None:
-        agreed.append(_agree(shares, said))
-        if rank != 0:
-            return None
-        places.append(take_place(target, files, durable=durable))
-        _make_room(places[0], agreed[0].plan, contents.file_sizes)
-        return places[0].temp
+        agreed = _agree(shares, said)
+        if rank == 0:
+            places.append(take_place(target, files, durable=durable))
+            _make_room(places[0], agreed.plan, contents.file_sizes)
+        slices = {(x.name, x.where): shelf.slices[x.name, x.where] for x in agreed.plan.owned[rank]}
+        own.append((agreed, _staged(slices, arena) if arena else slices))
+        return places[0].temp if places else None
 
     try:
         temp = collect(collectives, "starting the checkpoint", start)[0]
@@ -195,32 +202,27 @@ def begin(
         raise
     assert temp is not None  # rank 0's
     writer = _ShareWriter(partial(draft_at, temp, files, durable=durable), rank, str(temp))
-    if (
-        isinstance(temp, Path) and not torch.accelerator.is_available()
-    ):  # copies belong to the caller's stream
+    # copies from a device belong to the caller's stream; in the background the other threads are for the training
+    if isinstance(temp, Path) and arena is None and not torch.accelerator.is_available():
         writer.threads = num_threads()
-    return Saving(target, shelf, agreed[0], places, writer)
+    return Saving(target, shelf, *own[0], places, writer)
 
 
 class Saving:
     """A save that has been planned and has its place; made by `begin`, and to be ended by `finish` on every rank."""
 
     def __init__(
-        self, target: Location, shelf: _Shelf, agreed: _Agreed, places: Sequence[Place], writer: _ShareWriter
+        self,
+        target: Location,
+        shelf: _Shelf,
+        agreed: _Agreed,
+        slices: _Owned,
+        places: Sequence[Place],
+        writer: _ShareWriter,
     ) -> None:
         self.target = target
-        self._shelf, self._agreed, self._places, self._writer = shelf, agreed, places, writer
-        self._owned = agreed.plan.owned[writer.rank]
-        self._slices = {(item.name, item.where): shelf.slices[item.name, item.where] for item in self._owned}
-
-    def stage(self, arena: Arena) -> None:
-        """Copy what this rank is going to write to host memory: from now on the model may change."""
-        self._writer.threads = 1  # the others are for the training that goes on
-        copies = arena.copies([part.get().detach() for part in self._slices.values()])
-        self._slices = {
-            key: dataclasses.replace(part, get=partial(_value, copy))
-            for (key, part), copy in zip(self._slices.items(), copies, strict=True)
-        }
+        self._shelf, self._agreed, self._slices = shelf, agreed, slices
+        self._places, self._writer = places, writer
 
     def finish(self, collectives: Collectives) -> Location:
         """Write this rank's share and show the checkpoint when every rank has. Collective.
@@ -256,7 +258,16 @@ class Saving:
         documents = (
             {**self._shelf.documents, OBJECTS: self._agreed.objects} if main else self._shelf.documents
         )
-        return self._writer.write(self._owned, self._slices, documents)
+        return self._writer.write(self._agreed.plan.owned[self._writer.rank], self._slices, documents)
+
+
+def _staged(slices: _Owned, arena: Arena) -> _Owned:
+    """Return the slices with copies for their tensors."""
+    copies = arena.copies([part.get().detach() for part in slices.values()])
+    return {
+        key: dataclasses.replace(part, get=partial(_value, copy))
+        for (key, part), copy in zip(slices.items(), copies, strict=True)
+    }
 
 
 def _value(tensor: torch.Tensor) -> torch.Tensor:

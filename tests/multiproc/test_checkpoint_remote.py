@@ -63,8 +63,7 @@ def save_on_ranks(url, variables, seed, layout, staged=False):
     if not staged:
         save(url, mine, ranks)
     else:
-        saving = begin(url, mine, ranks)
-        saving.stage(Arena())
+        saving = begin(url, mine, ranks, arena=Arena())
         for tensor in live.values():
             tensor.zero_()
         saving.finish(ranks)

@@ -602,8 +602,7 @@ def test_ranks_that_never_see_the_same_checkpoint_read_none(tmp_path, monkeypatc
 
 def test_a_staged_save_writes_the_values_of_its_moment(url):
     tensors = sample(1)
-    saving = begin(f"{url}/step-1", contents(tensors), ALONE)
-    saving.stage(Arena())
+    saving = begin(f"{url}/step-1", contents(tensors), ALONE, arena=Arena())
     for tensor in tensors.values():
         tensor.zero_()
     assert latest(url) is None
