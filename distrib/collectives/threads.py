@@ -1,9 +1,9 @@
-"""Waiting for gloo's threads before the interpreter ends.
+"""Waiting for gloo's threads before the interpreter ends, and before it forks.
 
 Such a thread lets go of an operation's tensors and callbacks a moment after the operation has been waited for. What
 Python knows of them costs the thread the interpreter's lock, and the process aborts (exit code 134, after a run that
 was right) if the interpreter is ending meanwhile. Ending the process group does not end the threads as long as a
-DistributedDataParallel refers to it. torch 2.13 does not tell when they are done; the kernel does.
+DistributedDataParallel refers to it. torch 2.13 does not tell when they are done; the kernel does. A process that is forked at such a moment finds that lock's books locked, for ever.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from distrib.data.keyed import Fetch, Generators
 from distrib.data.options import DataOptions, Round
 from distrib.data.order import Order, Permutation, Sequential
 from distrib.data.sharding import Layout, MicroStep, Share, share_of
-from distrib.data.workers import naming_dead_workers
+from distrib.data.workers import iterator_of, naming_dead_workers
 from distrib.errors import DataError
 from distrib.seeding import derive
 
@@ -76,7 +76,9 @@ class Indexed:
         self._stubs.clear()
         # torch's loader would draw from the global generator here, and dropout would shift after a resume.
         self._generator.manual_seed(derive(seed, "workers", epoch, self._options.rank))
-        iterator = map(self._fetch.__getitems__, self._jobs()) if self._reads_here else iter(self._loader)
+        iterator = (
+            map(self._fetch.__getitems__, self._jobs()) if self._reads_here else iterator_of(self._loader)
+        )
         with naming_dead_workers(iterator):
             for batches in iterator:
                 step, shares, weights = self._stubs.popleft()

@@ -26,7 +26,7 @@ from distrib.data.indexed import as_is, worker_init
 from distrib.data.keyed import Generators, seed_generators
 from distrib.data.options import DataOptions, Round
 from distrib.data.sharding import Layout, MicroStep, Share, share_of
-from distrib.data.workers import naming_dead_workers
+from distrib.data.workers import iterator_of, naming_dead_workers
 from distrib.errors import ConfigError, DataError
 from distrib.seeding import derive
 
@@ -333,7 +333,7 @@ class _Reader(IterableDataset[Any]):
 
 
 def _blocks_of(loader: DataLoader[Any]) -> Iterator[_Block]:
-    iterator = iter(loader)
+    iterator = iterator_of(loader)
     with naming_dead_workers(iterator):
         yield from iterator
 

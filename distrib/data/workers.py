@@ -1,4 +1,4 @@
-"""What is said when a data worker's process ends before its work is done."""
+"""Data workers: when they are forked, and what is said when one ends before its work is done."""
 
 from __future__ import annotations
 
@@ -8,7 +8,22 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any
 
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from distrib.collectives.threads import let_threads_finish
 from distrib.errors import DataError
+
+
+def iterator_of(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Return a loader's iterator; its workers are forked while no thread of gloo is at work.
+
+    A worker that is forked while such a thread is about to take the interpreter's lock is stuck for ever, and with it
+    the job (CPython issue 112275).
+    """
+    if loader.num_workers and dist.is_available() and dist.is_initialized():
+        let_threads_finish()
+    return iter(loader)
 
 
 @contextmanager
