@@ -99,8 +99,11 @@ def begin_save(
         return str(directory), len(hooks)
 
     _check_same_call(collect(ranks, "preparing the registered objects", prepare))
-    custom, pickles = objects[0]
-    taken = run_save_hooks(hooks, run.models, state, directory.name, ranks) if hooks else Taken()
+    taken = Taken()
+    if hooks:  # which may change what is registered
+        taken = run_save_hooks(hooks, run.models, state, directory.name, ranks)
+        collect(ranks, "preparing the registered objects", prepare)
+    custom, pickles = objects[-1]
     state = without_models(state, taken.models)
     contents = Contents(
         state=replace(state, tensors={**state.tensors, **pickles}),

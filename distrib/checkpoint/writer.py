@@ -197,8 +197,8 @@ def begin(
     try:
         temp = collect(collectives, "starting the checkpoint", start)[0]
     except BaseException:
-        for each_place in places:
-            each_place.release()
+        for place in places:
+            place.release()
         raise
     assert temp is not None  # rank 0's
     writer = _ShareWriter(partial(draft_at, temp, files, durable=durable), rank, str(temp))

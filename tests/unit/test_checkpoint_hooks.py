@@ -304,3 +304,26 @@ def test_no_folder_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     taken = run_save_hooks(hooks, [], ShardedState({}), "best", ALONE)
     assert list(tmp_path.iterdir()) == []
     assert bytes(taken.files["a"]) == b"words"
+
+
+def test_what_a_save_hook_changes_in_a_registered_object_is_saved(tmp_path):
+    class Counter:
+        calls = 0
+
+        def state_dict(self):
+            return {"calls": self.calls}
+
+        def load_state_dict(self, state):
+            self.calls = state["calls"]
+
+    accelerator, counter = Accelerator(cpu=True), Counter()
+    accelerator.register_for_checkpointing(counter)
+
+    def count(models, weights, folder):
+        counter.calls += 1
+
+    accelerator.register_save_state_pre_hook(count)
+    accelerator.save_state(tmp_path / "checkpoint")
+    counter.calls = 0
+    accelerator.load_state(tmp_path / "checkpoint")
+    assert counter.calls == 1
