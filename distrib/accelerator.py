@@ -23,6 +23,7 @@ from distrib.checkpoint.companions import write_model
 from distrib.checkpoint.export import Include
 from distrib.checkpoint.hooks import Hook, HookHandle, Hooks
 from distrib.checkpoint.place import is_unwritable
+from distrib.checkpoint.planner import Planner
 from distrib.checkpoint.retention import Best
 from distrib.collectives.inputs import check_rank, check_tensors
 from distrib.collectives.split import split
@@ -150,6 +151,7 @@ class Accelerator:
             self._runtime.readers,
         )
         self._background = Background(self._runtime.collectives)
+        self._planner = Planner()
         self._save_hooks, self._load_hooks = Hooks(), Hooks()
         atexit.register(self._runtime.collectives.close)
         atexit.register(self._tracking.finish)
@@ -717,6 +719,7 @@ class Accelerator:
             durable=durable,
             allow_pickle=allow_pickle,
             arena=None if blocking else self._background.arena,
+            planner=self._planner,
         )
         best = Best(str(keep.best_metric), keep.best_mode, keep.keep_best) if keep.keep_best else None
 

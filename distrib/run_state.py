@@ -23,6 +23,7 @@ from distrib.checkpoint.hooks import (
     without_models,
 )
 from distrib.checkpoint.pickled import packed, unpacked
+from distrib.checkpoint.planner import Planner
 from distrib.checkpoint.retention import METRICS
 from distrib.checkpoint.staging import Arena
 from distrib.data import PreparedDataLoader
@@ -89,6 +90,7 @@ def begin_save(
     durable: bool,
     allow_pickle: bool,
     arena: Arena | None,
+    planner: Planner,
 ) -> Saving:
     """Plan a checkpoint of the run as it is now, at exactly `directory`; copied, with an `arena`. Collective."""
     state, ranks = strategy.sharded_state(run.for_strategy()), runtime.collectives
@@ -129,7 +131,7 @@ def begin_save(
         files=taken.files,
         file_sizes=taken.sizes,
     )
-    return begin(directory, contents, ranks, durable=durable, arena=arena)
+    return begin(directory, contents, ranks, durable=durable, arena=arena, planner=planner)
 
 
 def check_metrics(wanted: str | None, given: Mapping[str, float]) -> None:

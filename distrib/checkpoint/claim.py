@@ -28,6 +28,7 @@ from distrib.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 _LOCK = re.compile(r"\.(?P<name>.+)\.lock")
+_TOKEN = re.compile(r"[0-9a-f]{12}")
 _SMALL_FILES_BYTES = 2**20  # room for manifest, documents and the file system's own blocks
 
 
@@ -288,6 +289,10 @@ def _sibling(target: Path, kind: str) -> Path:
 
 
 def _siblings(target: Path, kind: str) -> list[Path]:
-    pattern = re.compile(rf"{re.escape(f'.{target.name}.{kind}-')}[0-9a-f]{{12}}")
-    found = (target.parent / name for name in entries(target.parent) if pattern.fullmatch(name))
+    start = f".{target.name}.{kind}-"
+    found = (
+        target.parent / name
+        for name in entries(target.parent)
+        if name.startswith(start) and _TOKEN.fullmatch(name, len(start))
+    )
     return [path for path in found if stat.S_ISDIR(os.lstat(path).st_mode)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,8 @@ class Arena:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._pinned = False
+        self._kinds: list[tuple[torch.Size, torch.dtype]] = []
+        self._places: list[torch.Tensor] = []
 
     def copies(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return contiguous copies, valid until the next call.
@@ -26,24 +29,25 @@ class Arena:
             tensors: Of any shape, dtype and device.
         """
         tensors = [x.resolve_conj().resolve_neg() for x in tensors]
-        starts, end = [], 0
-        for tensor in tensors:
-            starts.append(end)
-            end += -(-tensor.numel() * tensor.element_size() // _ALIGN) * _ALIGN
-        self._make_room(end, pinned=any(not x.is_cpu for x in tensors))
-        copied = [self._copy(x, start) for x, start in zip(tensors, starts, strict=True)]
+        self._make_room([(x.shape, x.dtype) for x in tensors], pinned=any(not x.is_cpu for x in tensors))
+        for place, tensor in zip(self._places, tensors, strict=True):
+            place.copy_(tensor, non_blocking=True)  # without effect on the CPU
         for device in {x.device for x in tensors if not x.is_cpu}:
             torch.accelerator.synchronize(device)
-        return copied
+        return self._places
 
-    def _copy(self, tensor: torch.Tensor, start: int) -> torch.Tensor:
-        size = tensor.numel() * tensor.element_size()
-        place = self._memory[start : start + size].view(tensor.dtype).view(tensor.shape)
-        return place.copy_(tensor, non_blocking=not tensor.is_cpu)
-
-    def _make_room(self, size: int, *, pinned: bool) -> None:
-        if size <= self._memory.numel() and (self._pinned or not pinned):
+    def _make_room(self, kinds: list[tuple[torch.Size, torch.dtype]], *, pinned: bool) -> None:
+        if kinds == self._kinds and (self._pinned or not pinned):
             return
-        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # give the old block back first
-        self._memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-        self._pinned = pinned
+        sizes = [shape.numel() * dtype.itemsize for shape, dtype in kinds]
+        starts = [0, *itertools.accumulate(-(-size // _ALIGN) * _ALIGN for size in sizes)]
+        self._kinds, self._places = [], []  # views keep the memory
+        if starts[-1] > self._memory.numel() or (pinned and not self._pinned):
+            self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # give the old block back first
+            self._memory = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=pinned)
+            self._pinned = pinned
+        self._kinds = kinds
+        self._places = [
+            self._memory[start : start + size].view(dtype).view(shape)
+            for start, size, (shape, dtype) in zip(starts, sizes, kinds, strict=False)
+        ]

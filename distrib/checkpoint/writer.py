@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 import time
@@ -20,14 +19,12 @@ from distrib.checkpoint.codec import encode
 from distrib.checkpoint.format import (
     CUSTOM,
     DTYPES,
-    ITEMSIZE,
     FileRecord,
     Manifest,
     StoredSlice,
     StoredTensor,
     bounded,
     check_group,
-    checksum,
     code_of,
     group_of,
     stored_key,
@@ -35,17 +32,8 @@ from distrib.checkpoint.format import (
 from distrib.checkpoint.location import Location, Url, locate
 from distrib.checkpoint.parallel import each, num_threads
 from distrib.checkpoint.place import Draft, Place, draft_at, take_place
-from distrib.checkpoint.plan import (
-    Held,
-    Shape,
-    Share,
-    Where,
-    WritePlan,
-    canonical,
-    plan_writes,
-    size_of,
-    whole_box,
-)
+from distrib.checkpoint.plan import Held, Shape, Where, canonical, size_of, whole_box
+from distrib.checkpoint.planner import Digests, Holding, Layout, Planner, Said, merged
 from distrib.checkpoint.staging import Arena
 from distrib.checkpoint.storage import Storage
 from distrib.checkpoint.tensorfile import Entry, header, in_file_order, record_of, stream_tensors
@@ -58,7 +46,7 @@ CUSTOM_OBJECTS = f"{CUSTOM}/objects.json"
 _RESERVED = ("rng", CUSTOM)
 _VISIBLE_S = 65.0  # nfs(5), acdirmax: a client may remember for 60 s that a directory is not there
 _LOOK_S = 0.25  # between two looks
-_Owned = Mapping[tuple[str, Where], Slice]  # what a rank writes
+_Tensors = Mapping[tuple[str, Where], Callable[[], torch.Tensor]]  # by name and place
 
 _BLOCK = 64 * 2**20  # bytes of a further file written at a time
 
@@ -95,30 +83,22 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class _Announcement:
-    """What a rank tells the others before anything is written; equal ones travel once."""
-
-    held: tuple[Held, ...]
-    aliases: tuple[tuple[str, str], ...]
-    objects: bytes
-
-
-@dataclass(frozen=True)
 class _Shelf:
     """What a rank has ready to write; `extras` are rank 0's values for the manifest."""
 
     slices: Mapping[tuple[str, Where], Slice]
     documents: Mapping[str, bytes | memoryview]
-    announcement: _Announcement
+    holding: Holding
+    objects: bytes
     extras: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class _Agreed:
-    """What all ranks know before anything is written."""
+class _Share:
+    """What a rank writes; rank 0 has the objects of all ranks."""
 
-    plan: WritePlan
-    aliases: Mapping[str, str]
+    layout: Layout
+    tensors: _Tensors
     objects: bytes
 
 
@@ -167,31 +147,36 @@ def begin(
     durable: bool = True,
     storage: Storage | None = None,
     arena: Arena | None = None,
+    planner: Planner | None = None,
 ) -> Saving:
     """Plan a save and take its place on the disk, and write no tensor yet. Collective. As `save` otherwise.
 
-    With an `arena`, what this rank is going to write is copied there: from now on the model may change.
+    With an `arena`, what this rank is going to write is copied there: from now on the model may change. With the
+    `planner` of earlier saves, what they agreed on is not planned again.
     """
     target, rank, files = locate(directory), collectives.rank, storage or Storage()
+    planner = planner or Planner()
     prepared: list[_Shelf] = []
 
-    def prepare() -> str:
+    def prepare() -> Digests:
         prepared.append(_prepare(contents, rank))
-        return checksum(repr(prepared[0].announcement).encode())
+        return planner.digests(prepared[0].holding, prepared[0].objects)
 
     digests = collect(collectives, "preparing the checkpoint", prepare)
     shelf = prepared[0]
-    shares, said = _exchange(shelf.announcement, digests, collectives)
-    own: list[tuple[_Agreed, _Owned]] = []
+    said = planner.exchange(shelf.holding, shelf.objects, digests, collectives)
+    own: list[_Share] = []
     places: list[Place] = []  # rank 0's one
 
     def start() -> Location | None:
-        agreed = _agree(shares, said)
+        layout = planner.layout(said, rank)
+        objects = b""
         if rank == 0:
+            objects = _objects_of_all(said)
             places.append(take_place(target, files, durable=durable))
-            _make_room(places[0], agreed.plan, contents.file_sizes)
-        slices = {(x.name, x.where): shelf.slices[x.name, x.where] for x in agreed.plan.owned[rank]}
-        own.append((agreed, _staged(slices, arena) if arena else slices))
+            _make_room(places[0], layout, contents.file_sizes)
+        tensors = {(x.name, x.where): shelf.slices[x.name, x.where].get for x in layout.owned}
+        own.append(_Share(layout, _staged(tensors, arena) if arena else tensors, objects))
         return places[0].temp if places else None
 
     try:
@@ -201,27 +186,22 @@ def begin(
             place.release()
         raise
     assert temp is not None  # rank 0's
+    planner.remember(own[0].layout, digests)
     writer = _ShareWriter(partial(draft_at, temp, files, durable=durable), rank, str(temp))
     # copies from a device belong to the caller's stream; in the background the other threads are for the training
     if isinstance(temp, Path) and arena is None and not torch.accelerator.is_available():
         writer.threads = num_threads()
-    return Saving(target, shelf, *own[0], places, writer)
+    return Saving(target, shelf, own[0], places, writer)
 
 
 class Saving:
     """A save that has been planned and has its place; made by `begin`, and to be ended by `finish` on every rank."""
 
     def __init__(
-        self,
-        target: Location,
-        shelf: _Shelf,
-        agreed: _Agreed,
-        slices: _Owned,
-        places: Sequence[Place],
-        writer: _ShareWriter,
+        self, target: Location, shelf: _Shelf, share: _Share, places: Sequence[Place], writer: _ShareWriter
     ) -> None:
         self.target = target
-        self._shelf, self._agreed, self._slices = shelf, agreed, slices
+        self._shelf, self._share = shelf, share
         self._places, self._writer = places, writer
 
     def finish(self, collectives: Collectives) -> Location:
@@ -251,23 +231,19 @@ class Saving:
 
     def _complete(self, receipts: Sequence[_Receipt]) -> None:
         place = self._places[0]
-        place.complete(_manifest(self._shelf, self._agreed, receipts, place.folder))
+        place.complete(_manifest(self._shelf, self._share.layout.aliases, receipts, place.folder))
 
     def _write(self) -> _Receipt:
-        main = self._writer.rank == 0
-        documents = (
-            {**self._shelf.documents, OBJECTS: self._agreed.objects} if main else self._shelf.documents
-        )
-        return self._writer.write(self._agreed.plan.owned[self._writer.rank], self._slices, documents)
+        share, documents = self._share, self._shelf.documents
+        if self._writer.rank == 0:
+            documents = {**documents, OBJECTS: share.objects}
+        return self._writer.write(share.layout.owned, share.tensors, documents)
 
 
-def _staged(slices: _Owned, arena: Arena) -> _Owned:
-    """Return the slices with copies for their tensors."""
-    copies = arena.copies([part.get().detach() for part in slices.values()])
-    return {
-        key: dataclasses.replace(part, get=partial(_value, copy))
-        for (key, part), copy in zip(slices.items(), copies, strict=True)
-    }
+def _staged(tensors: _Tensors, arena: Arena) -> _Tensors:
+    """Return copies."""
+    copies = arena.copies([get().detach() for get in tensors.values()])
+    return {key: partial(_value, copy) for key, copy in zip(tensors, copies, strict=True)}
 
 
 def _value(tensor: torch.Tensor) -> torch.Tensor:
@@ -297,9 +273,7 @@ def _prepare(contents: Contents, rank: int) -> _Shelf:
         Held(s.name, s.global_shape, code_of(s.name, s.dtype), where) for (_, where), s in slices.items()
     )
     objects = _json(OBJECTS, encode(dict(contents.state.objects), "objects"))
-    return _Shelf(
-        slices, documents, _Announcement(held, tuple(contents.state.aliases.items()), objects), extras
-    )
+    return _Shelf(slices, documents, Holding(held, tuple(contents.state.aliases.items())), objects, extras)
 
 
 def _check_names(names: Iterable[str]) -> None:
@@ -340,66 +314,16 @@ def _json(name: str, value: Any) -> bytes:
     return bounded(json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii"), name)
 
 
-def _exchange(
-    mine: _Announcement, digests: Sequence[str], collectives: Collectives
-) -> tuple[list[Share], list[_Announcement]]:
-    """Return what each group of ranks holds, and the distinct announcements.
-
-    Equal announcements travel once, sent by the lowest rank that has one; where all are equal, as under DDP, none does.
-    """
-    groups: dict[str, list[int]] = {}
-    for rank, found in enumerate(digests):
-        groups.setdefault(found, []).append(rank)
-    if len(groups) == 1:
-        said = [mine]
-    else:
-        first = {ranks[0] for ranks in groups.values()}
-        announced = collectives.gather_object(mine if collectives.rank in first else None)
-        said = [announced[ranks[0]] for ranks in groups.values()]
-    return [Share(tuple(ranks), x.held) for ranks, x in zip(groups.values(), said, strict=True)], said
+def _objects_of_all(said: Said) -> bytes:
+    if len(said.objects) == 1:
+        return said.objects[0]
+    return _json(OBJECTS, merged([json.loads(x) for x in said.objects], "the objects"))
 
 
-def _agree(shares: Sequence[Share], said: Sequence[_Announcement]) -> _Agreed:
-    plan = plan_writes(shares, ITEMSIZE)
-    aliases = _merge([dict(x.aliases) for x in said], "the aliases")
-    objects = _merge([json.loads(x.objects) for x in said], "the objects")
-    stored = {item.name for owned in plan.owned for item in owned}
-    for name, target in aliases.items():
-        if target not in stored or name in stored:
-            raise CheckpointError(
-                "D0710",
-                f"alias {name!r} -> {target!r} leads to no stored tensor, or hides one",
-                fix="this is a fault of the strategy's sharded_state; report it",
-            )
-    return _Agreed(plan, aliases, _json(OBJECTS, objects))
-
-
-def _merge(values: Sequence[dict[str, Any]], path: str) -> dict[str, Any]:
-    """Unite what ranks say about one thing: dicts key by key, all else must be equal."""
-    merged: dict[str, Any] = {}
-    for key in dict.fromkeys(key for value in values for key in value):
-        found = [value[key] for value in values if key in value]
-        below = f"{path}[{key!r}]"
-        if all(isinstance(x, dict) and "$" not in x for x in found):
-            merged[key] = _merge(found, below)
-            continue
-        other = next((x for x in found if x != found[0]), None)
-        if other is not None:
-            raise CheckpointError(
-                "D0718",
-                f"ranks disagree on {below}: {found[0]!r:.80} and {other!r:.80}",
-                fix="keep optimizers and schedulers equal on all ranks",
-            )
-        merged[key] = found[0]
-    return merged
-
-
-def _make_room(place: Place, plan: WritePlan, files: Mapping[str, int]) -> None:
-    items = [item for owned in plan.owned for item in owned]
-    data = sum(size_of(item.where) * ITEMSIZE[item.dtype] for item in items)
-    folders = {group_of(item.name) for item in items} | set(_RESERVED)
+def _make_room(place: Place, layout: Layout, files: Mapping[str, int]) -> None:
+    folders = layout.groups | set(_RESERVED)
     folders |= {str(folder) for name in files for folder in PurePosixPath(name).parents} - {"."}
-    place.make_room(sorted(folders), data + sum(files.values()))
+    place.make_room(sorted(folders), layout.num_bytes + sum(files.values()))
 
 
 class _ShareWriter:
@@ -414,7 +338,7 @@ class _ShareWriter:
     def write(
         self,
         owned: Sequence[Held],
-        slices: Mapping[tuple[str, Where], Slice],
+        tensors: _Tensors,
         documents: Mapping[str, bytes | memoryview],
     ) -> _Receipt:
         """Write one safetensors file per group of tensors, several at a time, and the documents."""
@@ -425,7 +349,7 @@ class _ShareWriter:
             groups.setdefault(group_of(item.name), []).append(item)
 
         def write_group(group: str) -> None:
-            self._write_group(draft, group, groups[group], slices)
+            self._write_group(draft, group, groups[group], tensors)
 
         for _ in each(write_group, sorted(groups), self.threads):
             pass
@@ -448,14 +372,12 @@ class _ShareWriter:
                 )
             time.sleep(_LOOK_S)
 
-    def _write_group(
-        self, draft: Draft, group: str, items: list[Held], slices: Mapping[tuple[str, Where], Slice]
-    ) -> None:
+    def _write_group(self, draft: Draft, group: str, items: list[Held], tensors: _Tensors) -> None:
         keyed = sorted(
             ((stored_key(item.name, item.shape, item.where), item) for item in items),
             key=lambda pair: in_file_order(pair[1].dtype, pair[0]),
         )
-        entries = [Entry(key, _stored_shape(x), x.dtype, slices[x.name, x.where].get) for key, x in keyed]
+        entries = [Entry(key, _stored_shape(x), x.dtype, tensors[x.name, x.where]) for key, x in keyed]
         file = f"{group}/rank-{self.rank:05d}.safetensors"
         head = header(entries, {"format": "pt"})
         with draft.writing(file, len(head) + sum(entry.nbytes for entry in entries)) as write:
@@ -469,7 +391,9 @@ def _stored_shape(item: Held) -> Shape:
     return (size_of(item.where),) if isinstance(item.where, Interval) else item.where.size
 
 
-def _manifest(shelf: _Shelf, agreed: _Agreed, receipts: Sequence[_Receipt], folder: str) -> Manifest:
+def _manifest(
+    shelf: _Shelf, aliases: Mapping[str, str], receipts: Sequence[_Receipt], folder: str
+) -> Manifest:
     tensors: dict[str, tuple[TensorSpec, list[StoredSlice]]] = {}
     for item, stored in (pair for receipt in receipts for pair in receipt.slices):
         spec = TensorSpec(item.shape, DTYPES[item.dtype])
@@ -485,7 +409,7 @@ def _manifest(shelf: _Shelf, agreed: _Agreed, receipts: Sequence[_Receipt], fold
         world_size=len(receipts),
         files={name: record for receipt in receipts for name, record in receipt.files.items()},
         tensors={name: StoredTensor(spec, tuple(slices)) for name, (spec, slices) in tensors.items()},
-        aliases=agreed.aliases,
+        aliases=aliases,
         counters=shelf.extras["counters"],
         config=shelf.extras["config"],
         info={**versions, **shelf.extras["info"]},

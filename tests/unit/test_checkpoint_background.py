@@ -202,3 +202,17 @@ def test_copies_are_contiguous_bitwise_and_share_one_block():
     assert arena.copies(given[:1])[0].data_ptr() == place
     larger = arena.copies([torch.ones(100_000)])
     assert torch.equal(larger[0], torch.ones(100_000))
+
+
+def test_memory_that_could_not_be_had_once_is_asked_for_again(monkeypatch):
+    arena, given = Arena(), [torch.ones(1000), torch.zeros(3)]
+    arena.copies(given[1:])
+    with monkeypatch.context() as patch:
+
+        def refuse(*_, **__):
+            raise RuntimeError("not enough memory")
+
+        patch.setattr(torch, "empty", refuse)
+        with pytest.raises(RuntimeError, match="not enough memory"):
+            arena.copies(given)
+    assert all(torch.equal(a, b) for a, b in zip(arena.copies(given), given, strict=True))
