@@ -3,7 +3,8 @@
 from distrib.checkpoint.export import export_model
 from distrib.checkpoint.format import Manifest
 from distrib.checkpoint.location import Location, Url, locate, locate_below
-from distrib.checkpoint.reader import Reader, inspect, latest, open_checkpoint, verify
+from distrib.checkpoint.opening import inspect, latest, verify
+from distrib.checkpoint.reader import Reader, open_checkpoint
 from distrib.checkpoint.retention import retain
 from distrib.checkpoint.writer import Contents, Saving, begin, save
 

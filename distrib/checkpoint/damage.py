@@ -8,8 +8,8 @@ from pathlib import Path
 from distrib.checkpoint.files import Directory
 from distrib.checkpoint.format import Manifest, checked_bytes
 from distrib.checkpoint.location import Url, locate
+from distrib.checkpoint.opening import inspect
 from distrib.checkpoint.progress import Progress, no_progress
-from distrib.checkpoint.reader import inspect
 from distrib.errors import CheckpointError
 
 

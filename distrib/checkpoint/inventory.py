@@ -12,7 +12,7 @@ from distrib.checkpoint.claim import is_checkpoint
 from distrib.checkpoint.describe import size_text, table
 from distrib.checkpoint.format import Manifest, total_bytes
 from distrib.checkpoint.location import Location, Url, locate
-from distrib.checkpoint.reader import incompleteness, inspect
+from distrib.checkpoint.opening import incompleteness, inspect
 from distrib.checkpoint.storage import entries
 from distrib.errors import CheckpointError
 

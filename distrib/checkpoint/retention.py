@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from distrib.checkpoint.claim import remove_checkpoint
 from distrib.checkpoint.codec import decode
 from distrib.checkpoint.location import Location, Url
-from distrib.checkpoint.reader import incompleteness, inspect, numbered
+from distrib.checkpoint.opening import incompleteness, inspect, numbered
 from distrib.checkpoint.storage import LockedError, Storage
 from distrib.errors import CheckpointError
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,8 +29,8 @@ from distrib.collectives.sync import take_over
 from distrib.errors import StrategyError
 from distrib.logging import notice
 from distrib.precision.autocast import matching
-from distrib.state import Box, Runtime, ShardedState, Slice, TensorSpec, TrainState, whole
-from distrib.strategies import batchnorm, fsdp_state, meta, slices
+from distrib.state import Runtime, ShardedState, TensorSpec, TrainState
+from distrib.strategies import batchnorm, dtensors, fsdp_state, meta, slices
 from distrib.strategies.base import Capabilities, StepResult, Strategy
 from distrib.strategies.blocks import Forwards
 from distrib.strategies.context import dividing
@@ -141,7 +139,7 @@ class FSDP(Strategy):
             self._place(model)
         self._optimizers.update(state.optimizers)
         for optimizer in self._optimizers:  # also those that came before their model
-            self._replaced.point(optimizer, _cut)
+            self._replaced.point(optimizer, dtensors.cut)
             move_state(optimizer)
             forget_state_of_others(optimizer)
         return state
@@ -163,7 +161,7 @@ class FSDP(Strategy):
         self, parameters: Iterable[nn.Parameter], factor: float, *, check_finite: bool = False
     ) -> bool:
         parameters = list(parameters)
-        gradients = _local_gradients(parameters)
+        gradients = dtensors.local_gradients(parameters)
         if not check_finite:
             gradients += self._unexchanged(parameters)
             if gradients:
@@ -182,7 +180,9 @@ class FSDP(Strategy):
         alike: dict[int, list[Tensor]] = {}  # number of different parts of the whole -> local gradients
         for parameter in parameters:
             if parameter.grad is not None:
-                alike.setdefault(_num_parts(parameter.grad), []).append(_local(parameter.grad))
+                alike.setdefault(dtensors.num_parts(parameter.grad), []).append(
+                    dtensors.local(parameter.grad)
+                )
         powers = [
             (norm_to_the_power(gradients, norm_type, self._device), parts)
             for parts, gradients in alike.items()
@@ -207,7 +207,7 @@ class FSDP(Strategy):
 
     def clip_grad_value_(self, parameters: Sequence[nn.Parameter], clip_value: float) -> None:
         self._reshard_all()
-        for gradient in _local_gradients(parameters):
+        for gradient in dtensors.local_gradients(parameters):
             gradient.clamp_(-clip_value, clip_value)
 
     def step(self, optimizer: Optimizer) -> StepResult:
@@ -248,9 +248,9 @@ class FSDP(Strategy):
         names = self.parameter_names(models)
         self._spread_buffers(models)
         found = slices.joined([
-            *(slices.module_slices(m, slices.module_prefix(i), _slice_of) for i, m in enumerate(models)),
+            *(slices.module_slices(m, slices.module_prefix(i), dtensors.slice_of) for i, m in enumerate(models)),
             *(
-                slices.optimizer_slices(o, names, slices.optimizer_prefix(i), _slice_of)
+                slices.optimizer_slices(o, names, slices.optimizer_prefix(i), dtensors.slice_of)
                 for i, o in enumerate(state.optimizers)
             ),
         ])  # fmt: skip
@@ -278,7 +278,7 @@ class FSDP(Strategy):
             stored,
             objects,
             strict=strict,
-            empty_for=_empty_shard,
+            empty_for=dtensors.empty,
         )
         return loading if self._pipelining is None else loading_own_part(loading, state.optimizers)
 
@@ -286,7 +286,7 @@ class FSDP(Strategy):
         self._spread_buffers([model])
         self._reshard([model])
         found = self.unwrap(model).state_dict()
-        with _without_advice():
+        with dtensors.without_advice():
             whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
         runner = self.runner_of(model)
         return whole if runner is None else whole_state_dict(runner.cut, whole)
@@ -322,7 +322,7 @@ class FSDP(Strategy):
             if new := [name for name in {**before, **now} if before.get(name) is not now.get(name)]:
                 raise _replaced_inside(new)
             for name, shard in shards.items():
-                _take_back(shard, now[name])
+                dtensors.take_back(shard, now[name])
         finally:
             vars(root)[_GATHERED] = False
             for unit in units:
@@ -413,7 +413,7 @@ class FSDP(Strategy):
             if self._data > 1:
                 self._shard_units(root, parts)
             if is_empty:
-                meta.materialise(root, self._home, self.runtime.collectives, _put_shard)
+                meta.materialise(root, self._home, self.runtime.collectives, dtensors.put)
             if cut is not None:
                 cut.keep_own_part(moves=self._data == 1)
             self._names.update({x: slices.plain_name(name) for name, x in root.named_parameters()})
@@ -534,8 +534,8 @@ class FSDP(Strategy):
             StrategyError: D0835, naming the parameters.
         """
         parameters = [x for group in optimizer.param_groups for x in group["params"] if x.grad is not None]
-        whole = [x for x in parameters if not _is_divided_along("tensor", x)]
-        mine = torch.stack([_local(x.grad).double().norm().cpu() for x in whole] or [torch.zeros(())])
+        whole = [x for x in parameters if not dtensors.is_divided_along("tensor", x)]
+        mine = torch.stack([dtensors.local(x.grad).double().norm().cpu() for x in whole] or [torch.zeros(())])
         everyone = self._tensor_peers.gather(mine.view(1, -1))
         apart = (everyone - everyone[0]).abs().amax(0) > _MOST_APART * everyone.abs().amax(0)
         if bool(everyone.isfinite().all()) and bool(apart.any()):
@@ -610,85 +610,3 @@ def _replaced_inside(names: Collection[str]) -> StrategyError:
         "averaged",
         fix="change values in place there, and modules before prepare",
     )
-
-
-def _local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Return the gradients as they lie on this rank, plain tensors."""
-    return [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _num_parts(tensor: Tensor) -> int:
-    """Return into how many different parts the whole is divided over the ranks."""
-    if not isinstance(tensor, DTensor):
-        return 1
-    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-    return math.prod(size for size, placement in sizes if not placement.is_replicate())
-
-
-def _is_divided_along(axis: str, parameter: Tensor) -> bool:
-    if not isinstance(parameter, DTensor):
-        return False
-    names = parameter.device_mesh.mesh_dim_names or ()
-    return axis in names and not parameter.placements[names.index(axis)].is_replicate()
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """Keep torch from telling every rank that a tensor divided along two axes is gathered in two operations."""
-    log = logging.getLogger("torch.distributed.tensor._redistribute")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
-
-
-def _box(shard: DTensor) -> Box:
-    """Return which part of the whole tensor lies on this rank; empty where there are fewer rows than ranks."""
-    (chunk,) = shard.__create_chunk_list__()  # type: ignore[no-untyped-call]  # what torch's own checkpoints ask for
-    return Box(tuple(chunk.offsets), tuple(chunk.sizes))
-
-
-def _slice_of(name: str, tensor: Tensor) -> Slice:
-    if not isinstance(tensor, DTensor):
-        return whole(name, tensor)
-    local = tensor.to_local()
-    return Slice(name, tuple(tensor.shape), tensor.dtype, _box(tensor), lambda: local)
-
-
-def _empty_shard(spec: TensorSpec, parameter: nn.Parameter) -> Tensor:
-    return torch.empty_like(parameter.detach(), dtype=spec.dtype)
-
-
-def _cut(value: Any, like: Tensor) -> Any:
-    """Return this rank's part of optimizer state that every rank has whole."""
-    if not isinstance(value, Tensor) or value.shape != like.shape or not isinstance(like, DTensor):
-        return value
-    cut = torch.empty_like(like.detach(), dtype=value.dtype)
-    assert isinstance(cut, DTensor)
-    cut.to_local().copy_(_part(value, _box(like)))
-    return cut
-
-
-def _put_shard(parameter: Tensor, value: Tensor) -> None:
-    if isinstance(parameter, DTensor):
-        parameter.to_local().copy_(_part(value, _box(parameter)))
-    else:
-        parameter.copy_(value)
-
-
-def _part(tensor: Tensor, box: Box) -> Tensor:
-    for dim, (start, size) in enumerate(zip(box.start, box.size, strict=True)):
-        tensor = tensor.narrow(dim, start, size)
-    return tensor
-
-
-@torch.no_grad()
-def _take_back(shard: DTensor, now: Tensor) -> None:
-    local, new = shard.to_local(), _part(now.detach(), _box(shard))
-    if not torch.equal(local.to(new.dtype), new):
-        local.copy_(new)

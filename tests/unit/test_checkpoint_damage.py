@@ -75,11 +75,11 @@ def test_the_ranks_together_find_damage_that_only_one_of_them_reads(saved):
 
 def test_every_byte_belongs_to_some_rank(saved):
     from distrib.checkpoint.format import checked_bytes
-    from distrib.checkpoint.reader import _portion
+    from distrib.checkpoint.opening import portion
 
     manifest = inspect(saved)
     for world_size in (1, 2, 3, 50):
-        found = [extent for rank in range(world_size) for extent in _portion(manifest, rank, world_size)]
+        found = [extent for rank in range(world_size) for extent in portion(manifest, rank, world_size)]
         assert found == list(checked_bytes(manifest))
 
 

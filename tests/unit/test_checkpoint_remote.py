@@ -21,7 +21,7 @@ from distrib.checkpoint import (
     latest,
     lease,
     open_checkpoint,
-    reader,
+    opening,
     retain,
     save,
     store,
@@ -183,7 +183,7 @@ def test_whichever_request_of_a_retention_fails_the_newest_stays_and_no_half_one
         done = len(service.requests) < nth
         service.inject()
         assert str(latest("bucket://b/run")) == "bucket://b/run/step-3"
-        for _, path in reader.numbered("bucket://b/run"):
+        for _, path in opening.numbered("bucket://b/run"):
             verify(path)
         if done:
             break
@@ -506,7 +506,7 @@ def test_a_link_in_place_of_the_folder_is_refused(service, tmp_path):
 @pytest.mark.parametrize("folder", ["..", "/etc", "a/b", ".hidden"])
 def test_a_manifest_whose_folder_leads_outside_is_refused(service, folder):
     save(TARGET, contents(sample()), ALONE)
-    service.objects["b/run/step-1/manifest.json"] = reader.layout.dump(
+    service.objects["b/run/step-1/manifest.json"] = opening.layout.dump(
         replace(inspect(TARGET), folder=folder)
     )
     with pytest.raises(CheckpointError, match="D0707"):
@@ -563,21 +563,21 @@ def test_a_rank_that_sees_another_store_is_an_error_of_all(monkeypatch):
 def test_ranks_wait_until_they_see_the_same_checkpoint(tmp_path, monkeypatch):
     old, new = (save(tmp_path / name, contents(sample(at)), ALONE) for at, name in enumerate(("old", "new")))
     late = {"looks": 0}
-    opening = reader._open_manifest
+    really = opening.open_manifest
 
     def late_view(path):
         if threading.current_thread().name == "late":
             late["looks"] += 1
-            return opening(old if late["looks"] < 3 else new)
-        return opening(path)
+            return really(old if late["looks"] < 3 else new)
+        return really(path)
 
     def run(ranks):
         threading.current_thread().name = "late" if ranks.rank else "main"
         with open_checkpoint(new, ranks) as opened:
             return opened.tensor("model/weight")
 
-    monkeypatch.setattr(reader, "_LOOK_S", 0.0)
-    monkeypatch.setattr(reader, "_open_manifest", late_view)
+    monkeypatch.setattr(opening, "_LOOK_S", 0.0)
+    monkeypatch.setattr(opening, "open_manifest", late_view)
     assert all(torch.equal(x, sample(1)["model/weight"]) for x in on_ranks(2, run))
     assert late["looks"] == 3
 
@@ -585,18 +585,18 @@ def test_ranks_wait_until_they_see_the_same_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize("sees", ["another", "none"])
 def test_ranks_that_never_see_the_same_checkpoint_read_none(tmp_path, monkeypatch, sees):
     old, new = (save(tmp_path / name, contents(sample(at)), ALONE) for at, name in enumerate(("old", "new")))
-    opening = reader._open_manifest
+    really = opening.open_manifest
     other = old if sees == "another" else tmp_path / "none"
 
     def wrong_view(path):
-        return opening(other if threading.current_thread().name == "wrong" else path)
+        return really(other if threading.current_thread().name == "wrong" else path)
 
     def run(ranks):
         threading.current_thread().name = "wrong" if ranks.rank else "main"
         open_checkpoint(new, ranks)
 
-    monkeypatch.setattr(reader, "_SAME_S", 0.0)
-    monkeypatch.setattr(reader, "_open_manifest", wrong_view)
+    monkeypatch.setattr(opening, "_SAME_S", 0.0)
+    monkeypatch.setattr(opening, "open_manifest", wrong_view)
     assert ["D0717" in str(x) for x in on_ranks(2, run)] == [True, True]
 
 
