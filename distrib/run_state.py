@@ -14,7 +14,7 @@ from torch import nn
 
 from distrib.checkpoint import Contents, Location, Reader, Saving, begin, open_checkpoint, rng
 from distrib.checkpoint.adopt import adopt, is_conversion
-from distrib.checkpoint.agreement import collect, together
+from distrib.checkpoint.agreement import Call, check_same_call, collect, together
 from distrib.checkpoint.hooks import (
     Hooks,
     Taken,
@@ -31,7 +31,7 @@ from distrib.errors import CheckpointError, DataError, did_you_mean
 from distrib.logging import notice
 from distrib.precision import LossScaler
 from distrib.seeding import derive, part_noise_streams
-from distrib.state import Runtime, Slice, TensorSpec, TrainState
+from distrib.state import Runtime, TensorSpec, TrainState
 from distrib.strategies import Strategy
 from distrib.strategies.slices import module_prefix
 from distrib.training import PreparedOptimizer, PreparedScheduler
@@ -94,44 +94,40 @@ def begin_save(
 ) -> Saving:
     """Plan a checkpoint of the run as it is now, at exactly `directory`; copied, with an `arena`. Collective."""
     state, ranks = strategy.sharded_state(run.for_strategy()), runtime.collectives
-    objects: list[tuple[list[Any], dict[str, tuple[Slice, ...]]]] = []
-
-    def prepare() -> tuple[str, int]:
-        objects.append(packed(run.custom, allow_pickle=allow_pickle, stores=runtime.topology.is_main))
-        return str(directory), len(hooks)
-
-    _check_same_call(collect(ranks, "preparing the registered objects", prepare))
-    taken = Taken()
+    call, taken = Call(str(directory), len(hooks)), Taken()
     if hooks:  # which may change what is registered
+        check_same_call([x for x, _ in collect(ranks, "preparing the hooks", lambda: (call, None))])
         taken = run_save_hooks(hooks, run.models, state, directory.name, ranks)
-        collect(ranks, "preparing the registered objects", prepare)
-    custom, pickles = objects[-1]
-    state = without_models(state, taken.models)
-    contents = Contents(
-        state=replace(state, tensors={**state.tensors, **pickles}),
-        loaders=[loader.position for loader in run.loaders],
-        schedulers=[
-            {
-                "kind": type(x.scheduler).__name__,
-                "state": x.scheduler.state_dict(),
-                "steps_seen": x.steps_seen,
-            }
-            for x in run.schedulers
-        ],
-        scaler=run.scaler.state_dict() if run.scaler else None,
-        rng=rng.capture(runtime.device_backend),
-        custom=custom,
-        counters={
-            "step": run.step,
-            "readers": runtime.readers.world_size,
-            "optimizer_steps": [x.num_steps for x in run.optimizers],
-            METRICS: dict(metrics),
-        },
-        info=dict(info),
-        files=taken.files,
-        file_sizes=taken.sizes,
-    )
-    return begin(directory, contents, ranks, durable=durable, arena=arena, planner=planner)
+
+    def contents() -> Contents:
+        custom, pickles = packed(run.custom, allow_pickle=allow_pickle, stores=runtime.topology.is_main)
+        ours = without_models(state, taken.models)
+        return Contents(
+            state=replace(ours, tensors={**ours.tensors, **pickles}),
+            loaders=[loader.position for loader in run.loaders],
+            schedulers=[
+                {
+                    "kind": type(x.scheduler).__name__,
+                    "state": x.scheduler.state_dict(),
+                    "steps_seen": x.steps_seen,
+                }
+                for x in run.schedulers
+            ],
+            scaler=run.scaler.state_dict() if run.scaler else None,
+            rng=rng.capture(runtime.device_backend),
+            custom=custom,
+            counters={
+                "step": run.step,
+                "readers": runtime.readers.world_size,
+                "optimizer_steps": [x.num_steps for x in run.optimizers],
+                METRICS: dict(metrics),
+            },
+            info=dict(info),
+            files=taken.files,
+            file_sizes=taken.sizes,
+        )
+
+    return begin(directory, contents, ranks, call=call, durable=durable, arena=arena, planner=planner)
 
 
 def check_metrics(wanted: str | None, given: Mapping[str, float]) -> None:
@@ -180,7 +176,7 @@ def load_run(
     Raises:
         CheckpointError: if it is damaged or does not fit what has been prepared; nothing is changed then.
     """
-    _check_same_call(runtime.collectives.gather_object((str(directory), len(hooks))))
+    check_same_call(runtime.collectives.gather_object(Call(str(directory), len(hooks))))
     reader = open_checkpoint(directory, runtime.collectives, verify=verify)
     names = strategy.parameter_names(run.models)
     reader = adopt(
@@ -264,25 +260,6 @@ def _loaded(run: RunState, reader: Reader, custom: Sequence[Any]) -> Iterator[No
         for part, state in zip(parts, before, strict=True):
             part.load_state_dict(state)
         raise
-
-
-def _check_same_call(everyone: Sequence[tuple[str, int]]) -> None:
-    """Refuse a save or load in which ranks name different directories or have other numbers of hooks."""
-    other = next((rank for rank, call in enumerate(everyone) if call != everyone[0]), None)
-    if other is None:
-        return
-    (path, count), (other_path, other_count) = everyone[0], everyone[other]
-    if path != other_path:
-        raise CheckpointError(
-            "D0794",
-            f"rank 0 names {path}, rank {other} names {other_path}; expected one directory for all ranks",
-            fix="let one rank choose the name: accelerator.broadcast_object(name), or leave it to checkpoint.dir",
-        )
-    raise CheckpointError(
-        "D0764",
-        f"rank 0 has registered {count} hooks, rank {other} has {other_count}; expected the same on all ranks",
-        fix="register hooks on every rank; a hook may ask for accelerator.is_main_process inside",
-    )
 
 
 def _check_positions(reader: Reader, run: RunState) -> None:

@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from distrib.collectives.base import Collectives
 from distrib.errors import CheckpointError
 
 T = TypeVar("T")
+
+
+class Call(NamedTuple):
+    """What is the same on all ranks that save or load together."""
+
+    directory: str
+    num_hooks: int
+
+
+def check_same_call(calls: Sequence[Call]) -> None:
+    """Refuse a save or load in which ranks name different directories or have other numbers of hooks.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
+    other = next((rank for rank, call in enumerate(calls) if call != calls[0]), None)
+    if other is None:
+        return
+    first, found = calls[0], calls[other]
+    if first.directory != found.directory:
+        raise CheckpointError(
+            "D0794",
+            f"rank 0 names {first.directory}, rank {other} names {found.directory}; expected one directory for all ranks",
+            fix="let one rank choose the name: accelerator.broadcast_object(name), or leave it to checkpoint.dir",
+        )
+    raise CheckpointError(
+        "D0764",
+        f"rank 0 has registered {first.num_hooks} hooks, rank {other} has {found.num_hooks}; "
+        "expected the same on all ranks",
+        fix="register hooks on every rank; a hook may ask for accelerator.is_main_process inside",
+    )
 
 
 def collect(collectives: Collectives, what: str, action: Callable[[], T]) -> list[T]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from distrib import __version__
-from distrib.checkpoint.agreement import collect, on_main
+from distrib.checkpoint.agreement import Call, check_same_call, collect, on_main
 from distrib.checkpoint.codec import encode
 from distrib.checkpoint.format import (
     CUSTOM,
@@ -136,14 +136,16 @@ def save(
         CheckpointError: on every rank, if a value cannot be stored, the ranks' slices do not make up whole
             tensors, something else is in the way, or any rank cannot write.
     """
-    return begin(directory, contents, collectives, durable=durable, storage=storage).finish(collectives)
+    saving = begin(directory, lambda: contents, collectives, durable=durable, storage=storage)
+    return saving.finish(collectives)
 
 
 def begin(
     directory: str | Path | Url,
-    contents: Contents,
+    contents: Callable[[], Contents],
     collectives: Collectives,
     *,
+    call: Call | None = None,
     durable: bool = True,
     storage: Storage | None = None,
     arena: Arena | None = None,
@@ -151,19 +153,30 @@ def begin(
 ) -> Saving:
     """Plan a save and take its place on the disk, and write no tensor yet. Collective. As `save` otherwise.
 
-    With an `arena`, what this rank is going to write is copied there: from now on the model may change. With the
-    `planner` of earlier saves, what they agreed on is not planned again.
+    Args:
+        directory: As for `save`.
+        contents: Gives this rank's part; what it raises is raised on all ranks.
+        collectives: As for `save`.
+        call: To be compared over the ranks.
+        durable: As for `save`.
+        storage: As for `save`.
+        arena: Where what this rank is going to write is copied: from now on the model may change.
+        planner: That of earlier saves: what they agreed on is not planned again.
     """
     target, rank, files = locate(directory), collectives.rank, storage or Storage()
-    planner = planner or Planner()
-    prepared: list[_Shelf] = []
+    planner, call = planner or Planner(), call or Call(str(target), 0)
+    prepared: list[tuple[Contents, _Shelf]] = []
 
-    def prepare() -> Digests:
-        prepared.append(_prepare(contents, rank))
-        return planner.digests(prepared[0].holding, prepared[0].objects)
+    def prepare() -> tuple[Call, Digests | None]:
+        given = contents()
+        shelf = _prepare(given, rank)
+        prepared.append((given, shelf))
+        return call, planner.digests(shelf.holding, shelf.objects)
 
-    digests = collect(collectives, "preparing the checkpoint", prepare)
-    shelf = prepared[0]
+    answers = collect(collectives, "preparing the checkpoint", prepare)
+    check_same_call([theirs for theirs, _ in answers])
+    digests = [x for _, x in answers if x is not None]  # each is one: they have made the same call
+    given, shelf = prepared[0]
     said = planner.exchange(shelf.holding, shelf.objects, digests, collectives)
     own: list[_Share] = []
     places: list[Place] = []  # rank 0's one
@@ -174,7 +187,7 @@ def begin(
         if rank == 0:
             objects = _objects_of_all(said)
             places.append(take_place(target, files, durable=durable))
-            _make_room(places[0], layout, contents.file_sizes)
+            _make_room(places[0], layout, given.file_sizes)
         tensors = {(x.name, x.where): shelf.slices[x.name, x.where].get for x in layout.owned}
         own.append(_Share(layout, _staged(tensors, arena) if arena else tensors, objects))
         return places[0].temp if places else None

@@ -63,7 +63,7 @@ def save_on_ranks(url, variables, seed, layout, staged=False):
     if not staged:
         save(url, mine, ranks)
     else:
-        saving = begin(url, mine, ranks, arena=Arena())
+        saving = begin(url, lambda: mine, ranks, arena=Arena())
         for tensor in live.values():
             tensor.zero_()
         saving.finish(ranks)
@@ -182,7 +182,7 @@ def test_two_processes_cannot_save_to_one_place_at_once(place):
     url, variables = place
     run_ranks(save_on_ranks, 1, f"{url}/step-1", variables, 4, "rows")
     store = Store(locate(url))
-    saving = begin(f"{url}/step-1", Contents(ShardedState({})), SingleCollectives())
+    saving = begin(f"{url}/step-1", lambda: Contents(ShardedState({})), SingleCollectives())
     try:
         assert store.get(".step-1.lock") is not None
         with pytest.raises(RanksFailed, match=rf"D0712.*process {os.getpid()} on host"):

@@ -25,7 +25,7 @@ class Counted:
 def saved(path, state, collectives, planner, **others):
     """Save and return how many exchanges it took to begin."""
     counted = Counted(collectives)
-    saving = begin(path, Contents(state, **others), counted, planner=planner)
+    saving = begin(path, lambda: Contents(state, **others), counted, planner=planner)
     saving.finish(collectives)
     return counted.num_exchanges
 

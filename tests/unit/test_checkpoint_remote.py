@@ -393,7 +393,7 @@ def test_the_owner_of_a_lock_shows_life(service):
 
 def test_a_writer_whose_lock_was_taken_shows_no_checkpoint(service):
     save(TARGET, contents(sample(1)), ALONE)
-    saving = begin(TARGET, contents(sample(2)), ALONE)
+    saving = begin(TARGET, lambda: contents(sample(2)), ALONE)
     put_lock(service, ELSEWHERE)
     with pytest.raises(CheckpointError, match=r"D0744.*process 1 on host elsewhere has it"):
         saving.finish(ALONE)
@@ -402,11 +402,11 @@ def test_a_writer_whose_lock_was_taken_shows_no_checkpoint(service):
 
 
 def test_of_two_writers_one_wins_and_nothing_is_mixed(service):
-    slow = begin(TARGET, contents(sample(1)), ALONE)
+    slow = begin(TARGET, lambda: contents(sample(1)), ALONE)
     put_lock(
         service, replace(ELSEWHERE, id=lock_of(service)["id"])
     )  # as if `slow` were another, silent host's
-    quick = begin(TARGET, contents(sample(2)), ALONE)
+    quick = begin(TARGET, lambda: contents(sample(2)), ALONE)
     with pytest.raises(CheckpointError, match="D0744"):
         slow.finish(ALONE)
     quick.finish(ALONE)
@@ -441,7 +441,7 @@ def test_a_file_that_vanishes_while_others_are_written_shows_no_checkpoint(servi
 
 
 def test_what_a_dead_job_left_beside_is_removed_by_the_next_save(service):
-    begin("bucket://b/run/step-1", contents(sample()), ALONE)._write()  # and dies
+    begin("bucket://b/run/step-1", lambda: contents(sample()), ALONE)._write()  # and dies
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     put_lock(
@@ -602,7 +602,7 @@ def test_ranks_that_never_see_the_same_checkpoint_read_none(tmp_path, monkeypatc
 
 def test_a_staged_save_writes_the_values_of_its_moment(url):
     tensors = sample(1)
-    saving = begin(f"{url}/step-1", contents(tensors), ALONE, arena=Arena())
+    saving = begin(f"{url}/step-1", lambda: contents(tensors), ALONE, arena=Arena())
     for tensor in tensors.values():
         tensor.zero_()
     assert latest(url) is None
