@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from distrib.checkpoint import Location, Url, latest, locate, locate_below, retain
+from distrib.checkpoint.agreement import on_main
 from distrib.checkpoint.background import Background, Pending
 from distrib.checkpoint.companions import write_model
 from distrib.checkpoint.export import Include
@@ -49,7 +50,7 @@ from distrib.errors import (
 )
 from distrib.logging import notice
 from distrib.precision import LossScaler, autocast, remove_precision
-from distrib.run_state import RunState, begin_save, check_metrics, load_run
+from distrib.run_state import RunState, begin_save, load_run
 from distrib.seeding import derive, part_noise_streams, set_seed
 from distrib.startup import call_site, read_config, start
 from distrib.state import TrainState
@@ -706,15 +707,15 @@ class Accelerator:
             "config": {**self._config.set_values(), **self._strategy.used_settings()},
             **self._tracking.stored(),
         }
-        keep, given = self._config.checkpoint, {name: float(value) for name, value in (metrics or {}).items()}
-        check_metrics(keep.best_metric if keep.keep_best else None, given)
+        keep = self._config.checkpoint
         saving = begin_save(
             directory,
             self._run,
             self._strategy,
             self._runtime,
             info,
-            metrics=given,
+            metrics=metrics or {},
+            best_metric=keep.best_metric if keep.keep_best and output_dir is None else None,
             hooks=self._save_hooks,
             durable=durable,
             allow_pickle=allow_pickle,
@@ -728,10 +729,8 @@ class Accelerator:
                 return
             try:
                 retain(self._checkpoints, keep.keep_last, keep_every=keep.keep_every, best=best)
-            except CheckpointError as error:
-                notice(
-                    f"warning: {error}"
-                )  # no failure: the new one is complete, and other ranks know of nothing
+            except (CheckpointError, OSError) as error:  # no failure: the new one is complete
+                notice(f"warning: {error}")
 
         if not blocking:
             return SaveHandle(directory, self._background.start(saving, after))
@@ -921,15 +920,18 @@ class Accelerator:
 
     def _newest(self) -> Location | None:
         """Return rank 0's newest complete checkpoint, so that all ranks load the same. Collective."""
-        found = latest(self._checkpoints) if self.is_main_process else None
-        found = self._runtime.collectives.broadcast_object(found)
-        if found is None and self.is_main_process:
-            notice(f"no checkpoint in {self._checkpoints}: the run starts at its beginning")
-        if self.is_main_process and is_unwritable(
-            self._checkpoints
-        ):  # better now than after hours of training
-            notice(f"warning: {self._checkpoints} cannot be written to, so save_state is going to fail there")
-        return found
+
+        def look() -> Location | None:
+            found = latest(self._checkpoints)
+            if found is None:
+                notice(f"no checkpoint in {self._checkpoints}: the run starts at its beginning")
+            if is_unwritable(self._checkpoints):  # better now than after hours of training
+                notice(
+                    f"warning: {self._checkpoints} cannot be written to, so save_state is going to fail there"
+                )
+            return found
+
+        return on_main(self._runtime.collectives, "looking for the newest checkpoint", look)
 
     # Models
 

@@ -26,8 +26,9 @@ from distrib.checkpoint.pickled import packed, unpacked
 from distrib.checkpoint.planner import Planner
 from distrib.checkpoint.retention import METRICS
 from distrib.checkpoint.staging import Arena
+from distrib.collectives.base import Collectives
 from distrib.data import PreparedDataLoader
-from distrib.errors import CheckpointError, DataError, did_you_mean
+from distrib.errors import CheckpointError, DataError
 from distrib.logging import notice
 from distrib.precision import LossScaler
 from distrib.seeding import derive, part_noise_streams
@@ -85,7 +86,8 @@ def begin_save(
     runtime: Runtime,
     info: Mapping[str, Any],
     *,
-    metrics: Mapping[str, float],
+    metrics: Mapping[str, Any],
+    best_metric: str | None,
     hooks: Hooks,
     durable: bool,
     allow_pickle: bool,
@@ -94,12 +96,16 @@ def begin_save(
 ) -> Saving:
     """Plan a checkpoint of the run as it is now, at exactly `directory`; copied, with an `arena`. Collective."""
     state, ranks = strategy.sharded_state(run.for_strategy()), runtime.collectives
-    call, taken = Call(str(directory), len(hooks)), Taken()
+    call, taken = _call(directory, run, hooks), Taken()
     if hooks:  # which may change what is registered
         check_same_call([x for x, _ in collect(ranks, "preparing the hooks", lambda: (call, None))])
         taken = run_save_hooks(hooks, run.models, state, directory.name, ranks)
 
     def contents() -> Contents:
+        numbers = {}
+        if runtime.topology.is_main:  # whose ones are stored
+            numbers = {name: float(value) for name, value in metrics.items()}
+            _check_metrics(best_metric, numbers)
         custom, pickles = packed(run.custom, allow_pickle=allow_pickle, stores=runtime.topology.is_main)
         ours = without_models(state, taken.models)
         return Contents(
@@ -120,7 +126,7 @@ def begin_save(
                 "step": run.step,
                 "readers": runtime.readers.world_size,
                 "optimizer_steps": [x.num_steps for x in run.optimizers],
-                METRICS: dict(metrics),
+                METRICS: numbers,
             },
             info=dict(info),
             files=taken.files,
@@ -130,12 +136,12 @@ def begin_save(
     return begin(directory, contents, ranks, call=call, durable=durable, arena=arena, planner=planner)
 
 
-def check_metrics(wanted: str | None, given: Mapping[str, float]) -> None:
-    """Refuse a save that does not say how good it is although the best are to be kept.
+def _call(directory: Location, run: RunState, hooks: Hooks) -> Call:
+    return Call(str(directory), len(hooks), len(run.custom))
 
-    Raises:
-        CheckpointError: D0751.
-    """
+
+def _check_metrics(wanted: str | None, given: Mapping[str, float]) -> None:
+    """Refuse a save that does not say how good it is although the best are to be kept."""
     if wanted is not None and wanted not in given:
         raise CheckpointError(
             "D0751",
@@ -176,57 +182,52 @@ def load_run(
     Raises:
         CheckpointError: if it is damaged or does not fit what has been prepared; nothing is changed then.
     """
-    check_same_call(runtime.collectives.gather_object(Call(str(directory), len(hooks))))
-    reader = open_checkpoint(directory, runtime.collectives, verify=verify)
-    names = strategy.parameter_names(run.models)
-    reader = adopt(
-        reader, [x.optimizer for x in run.optimizers], names, [x.scheduler for x in run.schedulers]
-    )
-    if strict:
-        _check_parts(directory, reader, run)
-    together(runtime.collectives, "comparing the data", lambda: _check_positions(reader, run))
-    custom = together(
-        runtime.collectives,
-        "reading the registered objects",
-        lambda: _custom_states(directory, run, reader, allow_pickle=allow_pickle),
-    )
-    theirs = run_load_hooks(hooks, run.models, reader, runtime.collectives) if hooks else ()
-    prefixes = tuple(map(module_prefix, theirs))
-    objects = {name: x for name, x in reader.objects.items() if not name.startswith(prefixes)}
-    with (
-        strategy.loading(run.for_strategy(), _taken(reader.specs(), ignore), objects, strict=strict) as state,
-        _loaded(run, reader, custom),
-    ):
-        _check_patterns(ignore, {*reader.specs(), *state.tensors})
+    ranks = runtime.collectives
+    check_same_call(ranks.gather_object(_call(directory, run, hooks)))
+    with open_checkpoint(directory, ranks, verify=verify) as opened:
+        names = strategy.parameter_names(run.models)
+        reader = adopt(
+            opened, [x.optimizer for x in run.optimizers], names, [x.scheduler for x in run.schedulers]
+        )
+
+        def prepare() -> tuple[list[Any], dict[str, Any]]:
+            if strict:
+                _check_parts(directory, reader, run)
+            _check_positions(reader, run)
+            return _custom_states(directory, run, reader, allow_pickle=allow_pickle), _generators(
+                reader, runtime
+            )
+
+        custom, generators = together(ranks, "comparing the run with the checkpoint", prepare)
+        theirs = run_load_hooks(hooks, run.models, reader, ranks) if hooks else ()
+        prefixes = tuple(map(module_prefix, theirs))
+        objects = {name: x for name, x in reader.objects.items() if not name.startswith(prefixes)}
         patterns = [*ignore, *(f"optimizer*/*.{x.partition('/')[2]}" for x in ignore if "/" in x)]
         patterns += [f"{prefix}*" for prefix in prefixes]
-        reader.fill(state, only=reader.check(state, strict=strict, ignore=patterns))
-    for loader, position in zip(run.loaders, reader.loaders, strict=False):
-        loader.position = position
-    for scheduler, saved in zip(run.schedulers, reader.schedulers, strict=False):
-        scheduler.steps_seen = saved["steps_seen"]
-    for optimizer, steps in zip(run.optimizers, reader.counters["optimizer_steps"], strict=False):
-        optimizer.num_steps = steps
-    if run.scaler is not None and reader.scaler is not None:
-        run.scaler.load_state_dict(reader.scaler)
-    _restore_generators(reader, runtime)
-    return reader.info
+        with (
+            strategy.loading(
+                run.for_strategy(), _taken(reader.specs(), ignore), objects, strict=strict
+            ) as state,
+            _loaded(run, reader, custom, ranks),
+        ):
+            fits = reader.check(state, strict=strict, ignore=patterns, must_match=ignore)
+            reader.fill(state, only=fits)
+        for loader, position in zip(run.loaders, reader.loaders, strict=False):
+            loader.position = position
+        for scheduler, saved in zip(run.schedulers, reader.schedulers, strict=False):
+            scheduler.steps_seen = saved["steps_seen"]
+        for optimizer, steps in zip(run.optimizers, reader.counters["optimizer_steps"], strict=False):
+            optimizer.num_steps = steps
+        if run.scaler is not None and reader.scaler is not None:
+            run.scaler.load_state_dict(reader.scaler)
+        if generators:
+            _restore_generators(generators, reader, runtime)
+        return reader.info
 
 
 def _custom_states(directory: Location, run: RunState, reader: Reader, *, allow_pickle: bool) -> list[Any]:
     wanted = list(reader.custom)[: len(run.custom)]
     return unpacked(wanted, reader.manifest, allow_pickle=allow_pickle, where=str(directory))
-
-
-def _check_patterns(ignore: Collection[str], names: Collection[str]) -> None:
-    for pattern in ignore:
-        if not fnmatch.filter(names, pattern):
-            raise CheckpointError(
-                "D0740",
-                f"no tensor of the checkpoint or the run is called {pattern!r}{did_you_mean(pattern, names)}",
-                where="load_state (ignore)",
-                fix='patterns begin with the group: "model/head.*"; `distrib checkpoint show` lists all names',
-            )
 
 
 def _taken(stored: Mapping[str, TensorSpec], ignore: Collection[str]) -> dict[str, TensorSpec]:
@@ -243,21 +244,26 @@ def _taken(stored: Mapping[str, TensorSpec], ignore: Collection[str]) -> dict[st
 
 
 @contextmanager
-def _loaded(run: RunState, reader: Reader, custom: Sequence[Any]) -> Iterator[None]:
-    """Load schedulers and registered objects; if they or the body fail, they are as they were."""
+def _loaded(run: RunState, reader: Reader, custom: Sequence[Any], ranks: Collectives) -> Iterator[None]:
+    """Load schedulers and registered objects; if they fail on any rank, or the body does, they are as they were."""
     here = [[x.scheduler for x in run.schedulers], run.custom]
     there = [[x["state"] for x in reader.schedulers], list(custom)]
     pairs = [
         pair for parts, saved in zip(here, there, strict=True) for pair in zip(parts, saved, strict=False)
     ]
     parts, saved = [part for part, _ in pairs], [state for _, state in pairs]
-    before = [copy.deepcopy(part.state_dict()) for part in parts]
-    try:
+    before: list[Any] = []
+
+    def load() -> None:
+        before.extend([copy.deepcopy(part.state_dict()) for part in parts])
         for part, state in zip(parts, saved, strict=True):
             part.load_state_dict(state)
+
+    try:
+        together(ranks, "loading schedulers and registered objects", load)
         yield
     except BaseException:
-        for part, state in zip(parts, before, strict=True):
+        for part, state in zip(parts, before, strict=False):
             part.load_state_dict(state)
         raise
 
@@ -298,25 +304,31 @@ def _check_parts(directory: Location, reader: Reader, run: RunState) -> None:
             )
 
 
-def _restore_generators(reader: Reader, runtime: Runtime) -> None:
+def _generators(reader: Reader, runtime: Runtime) -> dict[str, Any]:
+    """Return the stored generators for this rank: its own, or rank 0's at another world size; none of a conversion."""
+    if is_conversion(reader.manifest):
+        return {}
+    return reader.rng(runtime.topology.rank if _is_same_world(reader, runtime) else 0)
+
+
+def _is_same_world(reader: Reader, runtime: Runtime) -> bool:
+    readers = reader.counters.get("readers", reader.world_size)
+    return (reader.world_size, readers) == (runtime.topology.world_size, runtime.readers.world_size)
+
+
+def _restore_generators(stored: Mapping[str, Any], reader: Reader, runtime: Runtime) -> None:
     """Restore each rank's generators; at another world size noise gets streams of its own, by a stated rule.
 
     Python's and numpy's generators, which are equal on all ranks, come from rank 0. torch's are seeded with
     (rank 0's saved seed, "noise", step, rank), so that the same resume draws the same numbers again.
     """
-    if is_conversion(reader.manifest):
-        return
-    topology = runtime.topology
-    readers = reader.counters.get("readers", reader.world_size)
-    if (reader.world_size, readers) == (topology.world_size, runtime.readers.world_size):
-        rng.restore(reader.rng(topology.rank), runtime.device_backend)
-        part_noise_streams(runtime.readers.rank, None)
-        return
-    rng.restore(reader.rng(0), runtime.device_backend)
+    rng.restore(stored, runtime.device_backend)
     part_noise_streams(runtime.readers.rank, None)
+    if _is_same_world(reader, runtime):
+        return
     torch.manual_seed(derive(torch.initial_seed(), "noise", reader.counters["step"], runtime.readers.rank))
-    if topology.is_main:
+    if runtime.topology.is_main:
         notice(
-            f"saved at world size {reader.world_size}, resumed at {topology.world_size}: the data go on unchanged, "
-            "dropout draws from new streams derived from the seed and the step"
+            f"saved at world size {reader.world_size}, resumed at {runtime.topology.world_size}: the data go on "
+            "unchanged, dropout draws from new streams derived from the seed and the step"
         )

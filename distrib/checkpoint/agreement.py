@@ -16,10 +16,11 @@ class Call(NamedTuple):
 
     directory: str
     num_hooks: int
+    num_objects: int
 
 
 def check_same_call(calls: Sequence[Call]) -> None:
-    """Refuse a save or load in which ranks name different directories or have other numbers of hooks.
+    """Refuse a save or load in which ranks name different directories or have registered other numbers of things.
 
     Raises:
         CheckpointError: on every rank.
@@ -33,6 +34,13 @@ def check_same_call(calls: Sequence[Call]) -> None:
             "D0794",
             f"rank 0 names {first.directory}, rank {other} names {found.directory}; expected one directory for all ranks",
             fix="let one rank choose the name: accelerator.broadcast_object(name), or leave it to checkpoint.dir",
+        )
+    if first.num_objects != found.num_objects:
+        raise CheckpointError(
+            "D0792",
+            f"rank 0 has registered {first.num_objects} objects, rank {other} has {found.num_objects}; "
+            "expected the same on all ranks",
+            fix="call register_for_checkpointing on every rank: what rank 0 has is stored, and every rank loads it",
         )
     raise CheckpointError(
         "D0764",

@@ -126,7 +126,12 @@ class Reader:
         return self.manifest.specs()
 
     def check(
-        self, state: ShardedState, *, strict: bool = True, ignore: Collection[str] = ()
+        self,
+        state: ShardedState,
+        *,
+        strict: bool = True,
+        ignore: Collection[str] = (),
+        must_match: Collection[str] = (),
     ) -> frozenset[str]:
         """Compare what all ranks want with what is stored; nothing is read or changed. Collective.
 
@@ -135,6 +140,7 @@ class Reader:
             strict: Whether a missing or unexpected tensor is an error. A wrong shape always is, and so is a dtype
                 that only loses its meaning when converted: complex to real, floating-point to integer.
             ignore: Shell patterns of names, such as "model/head.*", that are left alone altogether.
+            must_match: Patterns that have to fit a tensor of the checkpoint, or one that some rank wants.
 
         Returns:
             The names of `state` that the checkpoint can fill.
@@ -148,15 +154,15 @@ class Reader:
             for s in found
         }
         everyone = self._collectives.gather_object((mine, dict(state.aliases)))
-        wanted = {
-            name: spec for specs, _ in everyone for name, spec in specs.items() if not _ignored(name, ignore)
-        }
+        here = {name: spec for specs, _ in everyone for name, spec in specs.items()}
+        wanted = {name: spec for name, spec in here.items() if not _ignored(name, ignore)}
         aliases = {name: target for _, names in everyone for name, target in names.items()}
-        together(
-            self._collectives,
-            "comparing the state",
-            lambda: self._compare(wanted, aliases, ignore, strict=strict),
-        )
+
+        def compare() -> None:
+            _check_patterns(must_match, {*self.specs(), *here})
+            self._compare(wanted, aliases, ignore, strict=strict)
+
+        together(self._collectives, "comparing the state", compare)
         return frozenset(name for name in mine if name in wanted and self._source(name, aliases))
 
     def fill(self, state: ShardedState, *, only: Collection[str] | None = None) -> None:
@@ -382,6 +388,17 @@ def _piece_views(part: Slice, tensor: torch.Tensor) -> dict[Piece, torch.Tensor]
     return {
         piece: flat.narrow(0, piece.offset, numel(piece.box.size)).view(piece.box.size) for piece in found
     }
+
+
+def _check_patterns(patterns: Iterable[str], names: Collection[str]) -> None:
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise CheckpointError(
+                "D0740",
+                f"no tensor of the checkpoint or the run is called {pattern!r}{did_you_mean(pattern, names)}",
+                where="load_state (ignore)",
+                fix='patterns begin with the group: "model/head.*"; `distrib checkpoint show` lists all names',
+            )
 
 
 def _missing(name: str, spec: TensorSpec, stored: Iterable[str]) -> str:

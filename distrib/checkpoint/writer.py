@@ -164,7 +164,7 @@ def begin(
         planner: That of earlier saves: what they agreed on is not planned again.
     """
     target, rank, files = locate(directory), collectives.rank, storage or Storage()
-    planner, call = planner or Planner(), call or Call(str(target), 0)
+    planner, call = planner or Planner(), call or Call(str(target), 0, 0)
     prepared: list[tuple[Contents, _Shelf]] = []
 
     def prepare() -> tuple[Call, Digests | None]:

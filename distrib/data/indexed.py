@@ -197,14 +197,16 @@ class Indexed:
             shares = tuple([share_of(step, rank, world_size) for rank in self._ranks])
             picked = [[units[p - start] for p in _positions(share, step).tolist()] for share in shares]
             return (step, shares, _weights(step, shares, world_size)), picked
-        padded = step.padded_size != step.size
-        dealt = [self._batch_of(step, units, start, rank) for rank in range(world_size)]
-        own = [dealt[rank] for rank in self._ranks]
-        total = sum(len(unit) for unit in units)
-        if padded:
-            total += sum(share.rows - share.size for share, _ in dealt)
-        weights = tuple((x.rows if padded else x.size) * world_size / total for x, _ in own)
-        return (step, tuple(share for share, _ in own), weights), [batch for _, batch in own]
+        dealt = [self._batch_of(step, units, start, rank) for rank in self._ranks]
+        total = self._rows_of_window(step, units)
+        is_padded = step.padded_size != step.size
+        weights = tuple((x.rows if is_padded else x.size) * world_size / total for x, _ in dealt)
+        return (step, tuple(share for share, _ in dealt), weights), [batch for _, batch in dealt]
+
+    def _rows_of_window(self, step: MicroStep, units: list[Any]) -> int:
+        """Return the rows that all ranks see in the window of `step`, whose batches are `units`."""
+        repeated = range(len(units), step.padded_window)
+        return sum(map(len, units)) + sum(len(units[at % len(units)]) for at in repeated)
 
     def _batch_of(self, step: MicroStep, units: list[Any], start: int, rank: int) -> tuple[Share, list[Any]]:
         share = share_of(step, rank, self._options.world_size)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -20,6 +21,16 @@ from distrib.logging import notice
 from distrib.state import LoaderPosition
 
 _AT_END = -1
+
+
+class _Start(NamedTuple):
+    """Where a loop begins, and who has asked for it."""
+
+    consumed: int
+    stream: Any
+    left_out: int
+    restored: bool
+    skipped: bool
 
 
 class PreparedDataLoader:
@@ -53,6 +64,7 @@ class PreparedDataLoader:
         self._stream: Any = None  # the data set's own state at the settled position
         self._stream_ahead: Any = None
         self._restored = self._skipped = self._was_stepped = False
+        self._left_out = 0  # micro-steps of the first window that the next loop does not yield
         self.micro_step: MicroStep | None = None
         self.taken_up: MicroStep | None = None
         self.numbers = 0, 0
@@ -108,6 +120,7 @@ class PreparedDataLoader:
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[Any]:
+        began = _Start(self._consumed, self._stream, self._left_out, self._restored, self._skipped)
         rounds = self._begin()
         try:
             for found in rounds:
@@ -123,14 +136,27 @@ class PreparedDataLoader:
                     self._live.yielded(self)
                 yield found.batches[0]
             self._go_to(self.epoch + 1, 0)
+        except BaseException:
+            if self._trains() and not self._was_stepped:
+                self._go_back(began)
+            raise
         finally:
             self._live.ended(self)
-            if self._trains() and not self._was_stepped:  # an evaluation that was left begins anew
-                self._go_to(self.epoch, 0)
+
+    def _go_back(self, began: _Start) -> None:
+        """Stand where the next loop begins, after one that trained nothing: an evaluation begins its epoch anew.
+
+        A start that was asked for, and was left in its first window, is still to come.
+        """
+        is_to_come = (began.restored or began.skipped) and self._consumed == began.consumed
+        self._go_to(self.epoch, 0)
+        if is_to_come:
+            self._consumed, self._stream, self._left_out, self._restored, self._skipped = began
 
     def _begin(self) -> Iterator[Round]:
         if not (self._restored or self._skipped):
             self._go_to(self.epoch, 0)
+        left_out, self._left_out = self._left_out, 0
         self._restored = self._skipped = self._was_stepped = False
         self._settles_at = None
         extra = {"state": self._stream} if isinstance(self._source, Stream) else {}
@@ -141,7 +167,7 @@ class PreparedDataLoader:
             )
         if self._dispatches or rounds is None:
             rounds = dispatched(rounds, self._options.collectives)
-        return placed(rounds, self._options)
+        return placed(_opened(islice(rounds, left_out, None)) if left_out else rounds, self._options)
 
     @property
     def position(self) -> LoaderPosition:
@@ -208,7 +234,7 @@ class PreparedDataLoader:
             self._restored = self._skipped = False
 
     def skip(self, num_batches: int) -> None:
-        """Let the next loop start at this epoch's batch `num_batches`.
+        """Let the next loop start at this epoch's batch `num_batches`; in a window, it goes on with the rest of that.
 
         Raises:
             DataError: D0506, unless it is a whole number of at least 0.
@@ -224,8 +250,9 @@ class PreparedDataLoader:
             self._options.world_size,
             self._options.tail,
         )
-        self._go_to(self.epoch, layout.position_of(num_batches))
-        self._skipped = True
+        start, left_out = layout.window_of(num_batches)
+        self._go_to(self.epoch, start)
+        self._skipped, self._left_out = True, left_out
 
     def settle(self) -> None:
         """Count the window whose last batch was yielded as used."""
@@ -239,7 +266,7 @@ class PreparedDataLoader:
             self.settle()
 
     def _go_to(self, epoch: int, consumed: int) -> None:
-        self.epoch, self._consumed, self._settles_at = epoch, consumed, None
+        self.epoch, self._consumed, self._settles_at, self._left_out = epoch, consumed, None, 0
         self._stream = self._stream_ahead = None
 
     @property
@@ -247,6 +274,13 @@ class PreparedDataLoader:
         """Whether the last micro-step gave some rank rows that are no samples."""
         step = self.micro_step
         return step is not None and (step.padded_size != step.size or step.size < self._options.world_size)
+
+
+def _opened(rounds: Iterator[Round]) -> Iterator[Round]:
+    """Let the first round open its window, whose beginning has been left out."""
+    for found in islice(rounds, 1):
+        yield found._replace(step=found.step._replace(opens=True))
+    yield from rounds
 
 
 def _tail_of(loader: DataLoader[Any], options: DataOptions) -> Tail:

@@ -121,12 +121,15 @@ class Layout:
         full, left = self.windows_from(start)
         return full * -(-self.global_batch_size // self.stride) + -(-left // self.stride)
 
-    def position_of(self, micro_step: int) -> int:
-        """Return the position at which the epoch's micro-step of this index starts; its end if there are fewer."""
-        per_window = -(-self.global_batch_size // self.stride)
-        window, inside = divmod(micro_step, per_window)
+    def window_of(self, micro_step: int) -> tuple[int, int]:
+        """Return where the window of the epoch's micro-step of this index starts, and how many of it come before that one.
+
+        The epoch's end and 0, if the epoch has fewer.
+        """
+        window, inside = divmod(micro_step, -(-self.global_batch_size // self.stride))
         start = window * self.global_batch_size
-        return min(start + inside * self.stride, self.stop)
+        is_there = start + inside * self.stride < self.stop
+        return (start, inside) if is_there else (self.stop, 0)
 
     def window(self, start: int, size: int) -> list[MicroStep]:
         """Return the micro-steps of one window of `size` units."""

@@ -227,14 +227,16 @@ def test_the_rest_of_an_epoch_is_the_end_of_the_whole_epoch(
 
 @given(n=lengths, size=sizes, world=worlds, micro=micros, tail=st.sampled_from(["exact", "drop"]))
 @settings(deadline=None)
-def test_position_of_is_where_a_micro_step_starts_and_the_end_beyond_the_last(
+def test_window_of_names_a_micro_steps_window_and_the_end_beyond_the_last(
     n: int, size: int, world: int, micro: int, tail: str
 ):
     layout = Layout(n, size, micro, world, tail)  # type: ignore[arg-type]
-    starts = [step.start for step in micro_steps(layout)]
-    assert [layout.position_of(index) for index in range(len(starts))] == starts
-    assert layout.position_of(len(starts)) == layout.stop
-    assert layout.position_of(len(starts) + 7) == layout.stop
+    expected, inside = [], 0
+    for step in micro_steps(layout):
+        inside = 0 if step.opens else inside + 1
+        expected.append((step.window_stop - step.window_size, inside))
+    assert [layout.window_of(index) for index in range(len(expected))] == expected
+    assert layout.window_of(len(expected)) == layout.window_of(len(expected) + 7) == (layout.stop, 0)
 
 
 def test_a_layout_is_a_value():
