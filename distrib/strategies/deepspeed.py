@@ -46,7 +46,7 @@ from distrib.strategies.deepspeed_config import (
     stage_of,
     unused_scaling,
 )
-from distrib.strategies.deepspeed_errors import told
+from distrib.strategies.deepspeed_errors import Origin, told
 from distrib.strategies.deepspeed_nvme import (
     OnDisk,
     parameters_on_disk,
@@ -57,9 +57,15 @@ from distrib.strategies.deepspeed_nvme import (
 from distrib.strategies.deepspeed_ops import build_ops, has_float16, join_process_group, load_deepspeed
 from distrib.strategies.deepspeed_pairs import (
     copy_for_engine,
+    exact_values,
     match_norms,
     pairs_of,
+    put_back,
     refuse_batchnorm,
+    refuse_begun,
+    refuse_matrices,
+    refuse_sparse,
+    refuse_stepped,
     refuse_wide,
 )
 from distrib.strategies.deepspeed_state import LAYOUTS, Held
@@ -68,6 +74,7 @@ from distrib.strategies.placing import (
     Replaced,
     apply_policy,
     refuse_half_precision,
+    refuse_replaced,
     refuse_wrapped,
     root_of,
     spread_buffers,
@@ -148,7 +155,8 @@ class DeepSpeed(Strategy):
         for x in held:
             x.before_backward()
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            with told("a backward", *(x.origin for x in held)):
+                loss.backward()  # type: ignore[no-untyped-call]
         except BaseException:
             for x in held:
                 x.abort_backward()
@@ -215,7 +223,11 @@ class DeepSpeed(Strategy):
     def whole_state_dict(self, model: nn.Module) -> dict[str, Any]:
         held = _held_of(model)
         spread_buffers([model], self.runtime.collectives)
-        masters = held.whole_masters(self.runtime.collectives) if held is not None else {}
+        masters: Mapping[int, Tensor] = {}
+        if held is not None:
+            with held.told("gathering parameters"):
+                held.take_back_now()
+                masters = held.whole_masters(self.runtime.collectives)
         return {
             name: masters.get(id(x), x.detach()) if isinstance(x, Tensor) else x
             for name, x in model.state_dict(keep_vars=True).items()
@@ -229,10 +241,13 @@ class DeepSpeed(Strategy):
         """
         spread_buffers([model], self.runtime.collectives)
         held = _held_of(model)
-        with nullcontext() if held is None else held.gathered():
+        if held is None:
             yield model
-        if held is not None:
-            held.take_back()
+            return
+        before = dict(model.named_parameters())
+        with held.told("gathering parameters"), held.gathered():
+            yield model
+            refuse_replaced(before, dict(model.named_parameters()))
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model
@@ -260,7 +275,8 @@ class DeepSpeed(Strategy):
         )
         alive = integration.HfDeepSpeedConfig(config)  # transformers has only a weak reference
         try:
-            yield
+            with told("making a model sharded", Origin(config, self._user)):
+                yield
         finally:
             integration.unset_hf_deepspeed_config()
             del alive
@@ -276,6 +292,8 @@ class DeepSpeed(Strategy):
 
     def sharded_state(self, state: TrainState) -> ShardedState:
         spread_buffers(state.models, self.runtime.collectives)
+        for held in filter(None, map(_held_of, state.models)):
+            held.take_back_now()
         names = self.parameter_names(state.models)
         return slices.joined([
             *(self._model_slices(m, slices.module_prefix(i)) for i, m in enumerate(state.models)),
@@ -298,7 +316,9 @@ class DeepSpeed(Strategy):
         held = [x for x in map(_held_of, state.models) if x is not None]
         before = [(x, dict(x.base.state)) for x in held]
         for x in held:
-            x.before_loading()
+            x.refuse_gathered("load_state")
+            with x.told("loading"):
+                x.before_loading()
 
         def describe() -> ShardedState:
             for i, optimizer in enumerate(state.optimizers):
@@ -319,7 +339,8 @@ class DeepSpeed(Strategy):
                 x.base.state.update(old)
             raise
         for x in held:
-            x.refresh()
+            with x.told("loading"):
+                x.refresh()
 
     def _place(self, model: nn.Module) -> None:
         """Take rank 0's values over, apply the precision policy and move the model, in place. Collective."""
@@ -337,15 +358,13 @@ class DeepSpeed(Strategy):
 
     def _make_engine(self, model: nn.Module, optimizer: Optimizer) -> None:
         root = root_of(model)
-        if optimizer.state:
-            raise StrategyError(
-                "D0876",
-                f"{type(optimizer).__name__} has state already, which DeepSpeed would lay out anew and lose",
-                fix="prepare the optimizer before its first step, and load its state with load_state afterwards",
-            )
+        refuse_stepped(optimizer)
         refuse_wide(root)
         user, settings = self._configuration_of(root)
         stage = stage_of(user, settings)
+        if stage > 0:
+            refuse_sparse(root)
+            refuse_matrices(optimizer)
         kept_in = self._kept_in(stage)
         if kept_in is not None:
             refuse_batchnorm(root)
@@ -355,15 +374,21 @@ class DeepSpeed(Strategy):
         if self.runtime.topology.is_main:
             _LOG.debug("DeepSpeed's configuration for %s: %s", type(root).__name__, json.dumps(config))
         if uses_disk(config):
+            refuse_begun(own)
             require_async_io(self._extensions)
             config = with_own_folders(config)
         layout = OnDisk if uses_disk(config) else LAYOUTS[stage]
-        with told(f"making an engine for {type(root).__name__}", config, user):
+        origin = Origin(config, user)
+        exact = {} if kept_in is None else exact_values(root)
+        with told(f"making an engine for {type(root).__name__}", origin):
             if kept_in is None and not has_float16() and parameters_on_disk(config):
                 # DeepSpeed 0.19 would put float32 on the disk in bfloat16, unless it is asked this way.
                 self._deepspeed.zero.Init(module=root, config_dict_or_path=config)
             engine, *_ = self._deepspeed.initialize(model=root, optimizer=own, config=config)
-            held = layout(engine, optimizer, lambda doing: told(doing, config, user))
+            put_back(engine, own)
+            held = layout(engine, optimizer, origin)
+            if exact:
+                held.begin_with(exact)
         if engine.bfloat16_enabled() or engine.fp16_enabled():
             match_norms(root)
         vars(root)[_HELD] = vars(optimizer)[_HELD] = held
@@ -442,6 +467,8 @@ class DeepSpeed(Strategy):
                     numbers.setdefault(name, {})[key] = value
                 elif value.dim() == 0:
                     tensors[full] = (_shared(full, value),)
+                elif value.shape != fragment.master.shape:  # such as the row sums of a matrix, in stage 0
+                    tensors[full] = (whole(full, value),)
                 else:
                     tensors[full] = (fragment.slice_of(full, value),)
         found = slices.optimizer_slices(optimizer, names, prefix)

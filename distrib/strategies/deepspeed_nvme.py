@@ -14,7 +14,8 @@ import importlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -24,7 +25,8 @@ from torch.optim import Optimizer
 
 from distrib.errors import StrategyError
 from distrib.state import TensorSpec
-from distrib.strategies.deepspeed_state import Partitioned, Told
+from distrib.strategies.deepspeed_errors import Origin
+from distrib.strategies.deepspeed_state import Partitioned
 
 _PREFIX: Final = "distrib-"  # of folders in `nvme_path`
 _IN_USE: Final = "in_use"  # a file in each
@@ -131,8 +133,8 @@ def _on_disk(config: Mapping[str, Any]) -> list[str]:
 class OnDisk(Partitioned):
     """Stage 3, where flat tensors may be empty, and their values in files."""
 
-    def __init__(self, engine: Any, given: Optimizer, told: Told) -> None:
-        super().__init__(engine, given, told)
+    def __init__(self, engine: Any, given: Optimizer, origin: Origin) -> None:
+        super().__init__(engine, given, origin)
         if self.zero.optimizer_swapper is not None:
             self.zero.optimizer_swapper.swap_out_gradients = self._keep_gradients
 
@@ -164,6 +166,31 @@ class OnDisk(Partitioned):
                 with Path(context.swap_path).open("ab") as file:
                     file.truncate(swapper._io_aligned_numel(numel) * swapper.swap_element_size)
                 context.release_memory()
+
+    @contextmanager
+    def _whole_parameters(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Gather one after the other: what is read from the disk is in one of few buffers, and given back at once."""
+        on_disk: list[Any] = [x for x in parameters if _is_swapped(x)]
+        with ExitStack() as stack:
+            for x in parameters:
+                stack.enter_context(self._whole_parameter(x))
+            try:
+                yield
+            finally:
+                if on_disk:  # forwards have read ahead, and taken buffers
+                    on_disk[0].nvme_swapper.synchronize_reads()
+                    on_disk[0].nvme_swapper.remove_partition_and_release_buffers(on_disk)
+
+    @contextmanager
+    def _whole_parameter(self, parameter: Any) -> Iterator[None]:
+        with super()._whole_parameters([parameter]):
+            if _is_swapped(parameter):
+                parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
+            try:
+                yield
+            finally:
+                if _is_swapped(parameter):
+                    parameter.nvme_swapper.swap_in([parameter], async_op=False)
 
     def _is_on_disk(self, group: int) -> bool:
         return bool(self.zero._swappable_optimizer_subgroup(group))
@@ -229,6 +256,11 @@ class OnDisk(Partitioned):
         parameters: list[Any] = [x for x in self.trained() if len(set(self._bounds(x))) > 1]
         self.zero._offload_boundary_param_ids |= {x.ds_id for x in parameters}
         self.zero.finalize_gradient_accumulation_boundary()
+
+
+def _is_swapped(parameter: Any) -> bool:
+    location = parameter.ds_tensor.final_location
+    return location is not None and location.value == "nvme"
 
 
 def _mapped(path: str, numel: int, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,9 @@ import importlib
 import logging
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 import threading
@@ -36,6 +38,8 @@ from distrib.logging import notice
 from distrib.state import Runtime
 
 _REPORT_S: Final = 30.0
+_REASON: Final = re.compile(r"\b(fatal )?error: |: cannot find |undefined (symbol|reference)|No space left")
+_SHORT: Final = 300
 _RENAMED: Final = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
 _KNOWN: Final = (
     "untested optimizer",
@@ -55,7 +59,8 @@ def load_deepspeed(env: MutableMapping[str, str], device_type: str, local_rank: 
         local_rank: This rank's number on its node.
 
     Raises:
-        StrategyError: D0870 if it is not installed; D0871 if it has settled on another kind of device already.
+        StrategyError: D0870 if it is not installed; D0955 if its import fails; D0871 if it has settled on another kind of
+            device already.
     """
     if find_spec("deepspeed") is None:
         raise StrategyError(
@@ -67,7 +72,7 @@ def load_deepspeed(env: MutableMapping[str, str], device_type: str, local_rank: 
     env.setdefault("LOCAL_RANK", str(local_rank))
     env.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder(env)))
     _find_ninja(env)
-    deepspeed = importlib.import_module("deepspeed")
+    deepspeed = _imported()
     found = importlib.import_module("deepspeed.accelerator").get_accelerator().device_name()
     if found != device_type:
         raise StrategyError(
@@ -83,6 +88,17 @@ def load_deepspeed(env: MutableMapping[str, str], device_type: str, local_rank: 
     if _is_worth_telling not in log.filters:
         log.addFilter(_is_worth_telling)
     return deepspeed
+
+
+def _imported() -> Any:
+    try:
+        return importlib.import_module("deepspeed")
+    except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise StrategyError(
+            "D0955",
+            f"DeepSpeed cannot be imported: {type(error).__name__}: {error}",
+            fix="correct what it names; or install the version that is tested, pip install 'distrib[deepspeed]'",
+        ) from error
 
 
 def has_float16() -> bool:
@@ -162,7 +178,8 @@ def _guard_builds(env: Mapping[str, str]) -> None:
 
     @functools.wraps(plain)
     def jit_load(self: Any, *_: Any, **__: Any) -> Any:
-        with building(self.name, Path(env["TORCH_EXTENSIONS_DIR"])):
+        folder = Path(env["TORCH_EXTENSIONS_DIR"])
+        with building(self.name, folder), telling_why(self.name, folder):
             return plain(self, verbose=False)
 
     setattr(jit_load, _GUARDED, True)
@@ -199,6 +216,27 @@ def building(name: str, root: Path, say: Callable[[str], None] = notice) -> Iter
         with _reporting(lambda s: say(f"deepspeed: still compiling {name}, {s:.0f} s so far")):
             yield
         say(f"deepspeed: compiled {name} in {time.monotonic() - start:.0f} s")
+
+
+@contextmanager
+def telling_why(name: str, root: Path) -> Iterator[None]:
+    """Say which line of a compiler's output tells why a build has failed, of the hundreds that torch raises.
+
+    Raises:
+        StrategyError: D0954.
+    """
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        lines = [x.strip() for x in str(error).splitlines() if x.strip()] or [type(error).__name__]
+        reason = next((x for x in lines if _REASON.search(x)), lines[-1])
+        raise StrategyError(
+            "D0954",
+            f"DeepSpeed's operation {name} cannot be compiled: {reason[:_SHORT]}",
+            where=f"{root / name}",
+            fix="install what is missing there, or set CXX to another compiler; or use torch's own optimizers, for which "
+            "nothing is compiled",
+        ) from error
 
 
 def break_dead_lock(folder: Path, say: Callable[[str], None] = notice) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +22,7 @@ from torch.optim import Optimizer
 from distrib.collectives.base import Collectives
 from distrib.errors import StrategyError
 from distrib.state import Interval, Slice, TensorSpec
-
-Told = Callable[[str], AbstractContextManager[None]]
+from distrib.strategies.deepspeed_errors import Origin, telling, told
 
 _GATHERED = "distrib"  # stands for a module that needs the whole parameter
 
@@ -65,17 +64,18 @@ class Held(ABC):
     Args:
         engine: A `DeepSpeedEngine` with an optimizer.
         given: The user's optimizer, whose groups list the parameters of the module.
-        told: Makes a context in which errors of DeepSpeed are told in our form, from what goes on.
+        origin: What it is made with.
 
     Attributes:
         stage: Of ZeRO.
         ids: Of all parameters in these groups.
         is_dirty: Whether there are gradients.
         is_finished: Whether they are averaged.
+        is_gathered: Whether parameters are whole now, and may be changed in place.
     """
 
-    def __init__(self, engine: Any, given: Optimizer, told: Told) -> None:
-        self.engine, self.zero, self.given, self._told = engine, engine.optimizer, given, told
+    def __init__(self, engine: Any, given: Optimizer, origin: Origin) -> None:
+        self.engine, self.zero, self.given, self.origin = engine, engine.optimizer, given, origin
         self.stage = int(engine.zero_optimization_stage())
         self.module: nn.Module = engine.module
         self.ids = {id(x) for group in given.param_groups for x in group["params"]}
@@ -84,7 +84,7 @@ class Held(ABC):
         self._places = [
             place for place, group in enumerate(given.param_groups) if any(map(self.steps, group["params"]))
         ]
-        self.is_dirty = self.is_finished = False
+        self.is_dirty = self.is_finished = self.is_gathered = False
 
     def __deepcopy__(self, memo: Any) -> Held:
         return self
@@ -98,11 +98,21 @@ class Held(ABC):
         found: Optimizer = self.engine.basic_optimizer
         return found
 
+    def begin_with(self, values: Mapping[nn.Parameter, Tensor]) -> None:
+        """Fill the masters from whole parameters, which forwards compute with in a narrower format already."""
+        for parameter in filter(self.steps, values):
+            fragment = self.fragment(parameter)
+            fragment.master.copy_(values[parameter].view(-1)[fragment.start : fragment.stop])
+
+    def told(self, doing: str) -> AbstractContextManager[None]:
+        """Return a context in which DeepSpeed's errors are told in our form."""
+        return told(f"{doing} of {type(self.module).__name__}", self.origin)
+
     def before_backward(self) -> None:
         """Let the next backward add to the gradients and exchange nothing at its end that a step would need."""
         self._set_boundary(at_end=False)
         self.engine._running_engine_backward = True  # so that hooks leave the end of the backward to us
-        with self._told("backward"):
+        with self.told("a backward"):
             self.engine._backward_prologue()
 
     def after_backward(self) -> None:
@@ -116,7 +126,7 @@ class Held(ABC):
             self._leave_backward()
             return
         self.is_dirty = True
-        with self._told("backward"):
+        with self.told("a backward"):
             self.engine._backward_epilogue()
         if self.is_finished:
             self.forget()
@@ -131,29 +141,36 @@ class Held(ABC):
         """Leave a backward that an exception has ended; what it has left is dropped with the other gradients."""
         self.engine._running_engine_backward = False
         self.is_dirty = True
+        self._drop_unfinished()
         self._leave_backward()
 
     def finish(self) -> None:
         """Average the gradients of the window over the ranks, if that is not done. Collective."""
         if self.is_dirty and not self.is_finished:
-            with self._told("averaging gradients"):
+            with self.told("averaging gradients"):
                 self._finish()
             self.is_finished = True
 
     def forget(self) -> None:
         """Drop all gradients."""
         if self.is_dirty:
-            self._forget()
+            with self.told("clearing gradients"):
+                self._forget()
             self.is_dirty = self.is_finished = False
 
     def step(self) -> bool:
-        """Update the masters and what is computed with; say whether DeepSpeed did. Collective."""
+        """Update the masters and what is computed with; say whether DeepSpeed did. Collective.
+
+        Raises:
+            StrategyError: D0951, inside of `gathered`.
+        """
+        self.refuse_gathered("an optimizer's step")
         self.finish()
         if not self.is_dirty:
             return True
         self._take_over_options()
         self._set_boundary(at_end=True)
-        with self._told("a step"):
+        with self.told("a step"):
             self._hand_over()
             self.engine.step()
         self._set_boundary(at_end=False)
@@ -161,6 +178,16 @@ class Held(ABC):
         stepped: bool = self.engine.was_step_applied()
         self.forget()
         return stepped
+
+    def refuse_gathered(self, what: str) -> None:
+        """Refuse to change masters while parameters are whole: these would go back to the masters afterwards (D0951)."""
+        if self.is_gathered:
+            raise StrategyError(
+                "D0951",
+                f"{what} inside of gathered, which takes over what {type(self.module).__name__} had there, would be undone",
+                where="accelerator.gathered",
+                fix="leave the context first",
+            )
 
     def tensors(self, wanted: Collection[int]) -> list[Tensor]:
         """Return the tensors in which gradients lie now, those of parameters with these ids once they are finished."""
@@ -192,8 +219,29 @@ class Held(ABC):
             if not torch.equal(fragment.master.to(computed), computed):
                 fragment.master.copy_(computed)
 
-    def gathered(self) -> Any:
-        """Return a context in which all parameters are whole."""
+    def take_back_now(self) -> None:
+        """Let masters follow what has been changed so far inside of `gathered`, if anything is gathered."""
+        if self.is_gathered:
+            self.take_back()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Let all parameters be whole, and what is changed in them go back to the masters.
+
+        Collective; inside of itself it does nothing.
+        """
+        if self.is_gathered:
+            yield
+            return
+        with self._gathered():
+            self.is_gathered = True
+            try:
+                yield
+            finally:
+                self.is_gathered = False
+        self.take_back()
+
+    def _gathered(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def before_loading(self) -> None:
@@ -244,6 +292,10 @@ class Held(ABC):
     def _leave_backward(self) -> None:
         self.zero.exit_backward()
 
+    @abstractmethod
+    def _drop_unfinished(self) -> None:
+        """Drop what a backward has left that did not reach its end: gradients that wait to be exchanged."""
+
     def _hand_over(self) -> None:
         """Bring finished gradients to where the optimizer looks for them; in memory they are there already."""
         return
@@ -273,8 +325,8 @@ class Held(ABC):
 class Whole(Held):
     """Stage 0: everything is whole on every rank, and only gradients are exchanged."""
 
-    def __init__(self, engine: Any, given: Optimizer, told: Told) -> None:
-        super().__init__(engine, given, told)
+    def __init__(self, engine: Any, given: Optimizer, origin: Origin) -> None:
+        super().__init__(engine, given, origin)
         self._reached = False
         for x in self.trained():
             x.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
@@ -302,6 +354,9 @@ class Whole(Held):
     def _leave_backward(self) -> None:
         """DeepSpeed counts nothing here."""
 
+    def _drop_unfinished(self) -> None:
+        """Gradients are exchanged at the end of a window, all at once."""
+
     def _finish(self) -> None:
         self._set_boundary(at_end=True)
         self.engine.allreduce_gradients()
@@ -321,8 +376,8 @@ class Whole(Held):
 class Flat(Held):
     """Stages 1 and 2: the parameters of a group lie one after the other, and each rank updates a part of the whole."""
 
-    def __init__(self, engine: Any, given: Optimizer, told: Told) -> None:
-        super().__init__(engine, given, told)
+    def __init__(self, engine: Any, given: Optimizer, origin: Origin) -> None:
+        super().__init__(engine, given, origin)
         self._groups: dict[int, int] = {}
         self._offsets: dict[int, int] = {}
         for number, (parameters, flat) in enumerate(
@@ -361,6 +416,13 @@ class Flat(Held):
     def before_backward(self) -> None:
         self.zero.clear_backward_seen_flag()
         super().before_backward()
+
+    def _drop_unfinished(self) -> None:
+        for bucket in self.zero.ipg_buckets.values():
+            bucket.clear()
+        self.zero._release_ipg_buffers()
+        self.zero.extra_large_param_to_reduce.clear()
+        self.zero.params_already_reduced = [False] * len(self.zero.params_already_reduced)
 
     def _finish(self) -> None:
         if self.zero.partition_gradients:
@@ -416,18 +478,24 @@ class Flat(Held):
 class Partitioned(Held):
     """Stage 3: of each parameter a rank has a part, and the whole only while a module computes with it."""
 
+    def __init__(self, engine: Any, given: Optimizer, origin: Origin) -> None:
+        super().__init__(engine, given, origin)
+        gather = "pre_sub_module_forward_function"  # which the hook of each module looks up when it is called
+        hooks = self.zero.parameter_offload
+        setattr(hooks, gather, telling(getattr(hooks, gather), "a forward", origin))
+
     def fragment(self, parameter: nn.Parameter) -> Fragment:
         x: Any = parameter
         start, stop = self._bounds(x)
         if not self.steps(x):
-            return Fragment(tuple(x.ds_shape), start, stop, self._computed(x)[: stop - start], None, 0)
+            return Fragment(tuple(x.ds_shape), start, stop, self._part(x, start, stop), None, 0)
         group, offset, _ = self.zero.grad_position[self.zero.get_param_id(x)]
         flat = self.zero.fp32_partitioned_groups_flat[group]
         master = self._values_of(group).narrow(0, offset, stop - start)
         return Fragment(tuple(x.ds_shape), start, stop, master, flat, offset)
 
     def computed_part(self, parameter: nn.Parameter, fragment: Fragment) -> Tensor:
-        return self._computed(parameter)[: fragment.stop - fragment.start]
+        return self._part(parameter, fragment.start, fragment.stop)
 
     def refresh(self) -> None:
         for number in range(len(self.zero.fp16_groups)):
@@ -439,6 +507,12 @@ class Partitioned(Held):
         size, number = parameter.ds_numel, parameter.partition_numel()
         low = dist.get_rank(parameter.ds_process_group) * number
         return min(low, size), min(low + number, size)
+
+    def _part(self, parameter: nn.Parameter, start: int, stop: int) -> Tensor:
+        """Return elements of this rank as forwards compute with them now; a view."""
+        if self.is_gathered:
+            return parameter.data.view(-1)[start:stop]
+        return self._computed(parameter)[: stop - start]
 
     def _values_of(self, group: int) -> Tensor:
         """Return the live masters of a group, flat."""
@@ -465,22 +539,27 @@ class Partitioned(Held):
         }
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
+        if self.is_gathered:
+            return parameter.detach().clone()
         with _zero().GatheredParameters([parameter]):
             return parameter.detach().clone()
 
+    def _whole_parameters(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        found: AbstractContextManager[None] = _zero().GatheredParameters(parameters, modifier_rank=0)
+        return found
+
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def _gathered(self) -> Iterator[None]:
         parameters: list[Any] = list(self.module.parameters())
-        with _zero().GatheredParameters(parameters, modifier_rank=0):
-            for (
-                x
-            ) in parameters:  # a module that computes would else divide them again, and lose what was changed
+        with self._whole_parameters(parameters):
+            for x in parameters:
+                # a module that computes would else divide them again, and lose what was changed
                 x.ds_active_sub_modules.add(_GATHERED)
             try:
                 yield
             finally:
                 for x in parameters:
-                    x.ds_active_sub_modules.discard(_GATHERED)
+                    x.ds_active_sub_modules.clear()  # of modules too, whose forward has ended in an error
 
     def before_backward(self) -> None:
         self.zero.clear_backward_seen_flag()
@@ -488,6 +567,12 @@ class Partitioned(Held):
         # a loss of two, and keep old gradients of what this window does not use.
         self.zero.micro_step_id = max(self.zero.micro_step_id, 1)
         super().before_backward()
+
+    def _drop_unfinished(self) -> None:
+        for bucket in self.zero.ipg_buckets.values():
+            bucket.clear_params()
+        for x in self.trained():
+            x.grad = None
 
     def _finish(self) -> None:
         self.zero.finalize_gradient_accumulation_boundary()

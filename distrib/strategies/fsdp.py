@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
@@ -60,6 +60,7 @@ from distrib.strategies.placing import (
     apply_policy,
     move_state,
     refuse_half_precision,
+    refuse_replaced,
     refuse_wrapped,
     root_of,
     spread_buffers,
@@ -319,8 +320,7 @@ class FSDP(Strategy):
                 before = dict(root.named_parameters())
                 yield self.unwrap(model)
                 now = dict(root.named_parameters())
-            if new := [name for name in {**before, **now} if before.get(name) is not now.get(name)]:
-                raise _replaced_inside(new)
+            refuse_replaced(before, now)
             for name, shard in shards.items():
                 dtensors.take_back(shard, now[name])
         finally:
@@ -601,12 +601,3 @@ def _zero_grad(root: nn.Module, set_to_none: bool = True) -> None:  # noqa: FBT0
     type(root).zero_grad(root, set_to_none)
     if vars(root).get(_LEFT):
         fsdp_state.forget_unexchanged(root, {id(x) for x in root.parameters()})
-
-
-def _replaced_inside(names: Collection[str]) -> StrategyError:
-    return StrategyError(
-        "D0837",
-        f"parameters have come or gone inside gathered: {slices.listed(sorted(names))}; they would be neither divided nor "
-        "averaged",
-        fix="change values in place there, and modules before prepare",
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from distrib.errors import StrategyError
 from distrib.logging import notice
 from distrib.precision import apply_precision, fp8, matching
 from distrib.state import Runtime
+from distrib.strategies import slices
 
 
 class Replaced:
@@ -95,6 +96,17 @@ def refuse_wrapped(model: nn.Module) -> None:
                 f"{name or 'the model'} is in a {type(module).__name__} already, so gradients would be exchanged twice",
                 fix="give prepare the plain model",
             )
+
+
+def refuse_replaced(before: Mapping[str, nn.Parameter], now: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters that have come or gone while the model's were whole (D0837)."""
+    if new := [name for name in {**before, **now} if before.get(name) is not now.get(name)]:
+        raise StrategyError(
+            "D0837",
+            f"parameters have come or gone inside gathered: {slices.listed(sorted(new))}; they would be neither divided nor "
+            "averaged",
+            fix="change values in place there, and modules before prepare",
+        )
 
 
 def refuse_half_precision(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from distrib.errors import StrategyError
 if find_spec("deepspeed") is None:
     pytest.skip("pip install deepspeed==0.19.8", allow_module_level=True)
 
-from distrib.strategies.deepspeed_ops import break_dead_lock, building, extensions_folder
+from distrib.strategies.deepspeed_ops import break_dead_lock, building, extensions_folder, telling_why
 
 HOLDS = """
 import sys
@@ -77,6 +78,32 @@ def test_without_a_compiler_the_error_says_what_is_missing(tmp_path, monkeypatch
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(StrategyError, match=r"D0872.*no-such-compiler and ninja"), building("op", tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Error building extension 'op': [1/3] c++ -c a.cpp\na.cpp:3:10: fatal error: b.h: No such file\n1 error"),
+         "a.cpp:3:10: fatal error: b.h: No such file"),
+        (RuntimeError("[3/3] c++ -o op.so\n/usr/bin/ld: cannot find -laio: No such file"), "cannot find -laio"),
+        (subprocess.CalledProcessError(1, ["/bin/false", "-v"]), "'/bin/false', '-v'"),
+        (ImportError("op.so: undefined symbol: io_submit"), "undefined symbol: io_submit"),
+    ],
+)  # fmt: skip
+def test_a_build_that_fails_is_told_by_the_line_that_says_why(tmp_path, error, reason):
+    with pytest.raises(StrategyError, match="D0954") as caught, telling_why("op", tmp_path):
+        raise error
+    assert reason in caught.value.problem
+    assert caught.value.__cause__ is error
+
+
+def test_an_import_of_deepspeed_that_fails_is_told():
+    code = "from distrib.strategies.deepspeed_ops import load_deepspeed\nimport os\nload_deepspeed(os.environ, 'cpu')"
+    env = {**os.environ, "DS_ACCELERATOR": "abacus"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert (
+        "error[D0955] DeepSpeed cannot be imported: ValueError: DS_ACCELERATOR must be one of" in done.stderr
+    )
 
 
 def test_the_folder_of_compiled_operations_is_the_user_s(tmp_path):

@@ -25,7 +25,7 @@ from distrib.strategies.deepspeed_config import (
     stage_of,
     unused_scaling,
 )
-from distrib.strategies.deepspeed_errors import told
+from distrib.strategies.deepspeed_errors import Origin, told
 
 needs_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="pip install deepspeed==0.19.8: the keys are those of its models"
@@ -305,7 +305,9 @@ def raised_in(filename: str, statement: str) -> None:
     exec(compile(statement, filename, "exec"), {})
 
 
-DEEPSPEED_ENGINE = "/lib/site-packages/deepspeed/runtime/engine.py"
+DEEPSPEED = find_spec("deepspeed")
+DEEPSPEED_ENGINE = f"{Path(str(DEEPSPEED and DEEPSPEED.origin)).parent}/runtime/engine.py"
+LOST = "raise RuntimeError('[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer')"
 
 
 @needs_deepspeed
@@ -316,15 +318,25 @@ DEEPSPEED_ENGINE = "/lib/site-packages/deepspeed/runtime/engine.py"
          "DeepSpeed's zero_optimization.offload_param.buffer_size"),
         ("raise ValueError('reduce_bucket_size 7 is too small')", "ds.json (zero_optimization.reduce_bucket_size)"),
         ("raise TypeError('no such device at this stage')", None),
+        ("raise type('ZeroError', (Exception,), {'__module__': 'deepspeed.runtime.zero'})('its own class')", None),
     ],
 )  # fmt: skip
 def test_an_error_of_deepspeed_s_own_code_names_the_key_it_speaks_of(statement, where):
     user = UserFile("ds.json", {"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}})
-    with pytest.raises(StrategyError, match="D0945") as caught, told("a step", user.tree, user):
+    with pytest.raises(StrategyError, match="D0945") as caught, told("a step", Origin(user.tree, user)):
         raised_in(DEEPSPEED_ENGINE, statement)
     assert caught.value.where == where
     assert "engine.py:1" in str(caught.value)
     assert caught.value.__cause__ is not None
+
+
+@needs_deepspeed
+def test_an_error_of_several_engines_names_the_one_whose_file_has_the_key():
+    user = UserFile("critic.json", {"zero_optimization": {"reduce_bucket_size": 7}})
+    engines = [Origin({"zero_optimization": {"reduce_bucket_size": 9}}, UserFile()), Origin(user.tree, user)]
+    with pytest.raises(StrategyError) as caught, told("a backward", *engines):
+        raised_in(DEEPSPEED_ENGINE, "raise ValueError('reduce_bucket_size is too small')")
+    assert caught.value.where == "critic.json (zero_optimization.reduce_bucket_size)"
 
 
 @pytest.mark.parametrize(
@@ -332,10 +344,12 @@ def test_an_error_of_deepspeed_s_own_code_names_the_key_it_speaks_of(statement, 
     [
         ("/lib/site-packages/torch/distributed/c10d.py", "raise RuntimeError('peer is gone')", RuntimeError),
         ("/home/me/train.py", "raise ValueError('mine')", ValueError),
+        ("/home/me/deepspeed/train.py", "raise ValueError('mine')", ValueError),
+        (DEEPSPEED_ENGINE, LOST, RuntimeError),
         (DEEPSPEED_ENGINE, "import torch; raise torch.OutOfMemoryError('full')", torch.OutOfMemoryError),
         (DEEPSPEED_ENGINE, "raise KeyboardInterrupt", KeyboardInterrupt),
     ],
 )
 def test_errors_that_are_not_deepspeed_s_stay_as_they_are(filename, statement, expected):
-    with pytest.raises(expected), told("a step", {}, UserFile()):
+    with pytest.raises(expected), told("a step", Origin({}, UserFile())):
         raised_in(filename, statement)
