@@ -35,6 +35,7 @@ from distrib.strategies import batchnorm, meta, slices
 from distrib.strategies.base import Capabilities, StepResult, Strategy
 from distrib.strategies.blocks import Forwards
 from distrib.strategies.context import dividing
+from distrib.strategies.deepspeed_client import check_optimizer, check_sections, resolved_optimizer
 from distrib.strategies.deepspeed_config import (
     Seen,
     Settings,
@@ -111,6 +112,7 @@ class DeepSpeed(Strategy):
         env: Any = options["env"]
         self._deepspeed = load_deepspeed(env, runtime.device.type, runtime.topology.local_rank)
         check(self._user, self._settings)
+        check_sections(self._user)
         refuse_precision(runtime.precision, self._stage)
         self._extensions = Path(env["TORCH_EXTENSIONS_DIR"])
         join_process_group(self._deepspeed, runtime)
@@ -361,6 +363,7 @@ class DeepSpeed(Strategy):
         refuse_stepped(optimizer)
         refuse_wide(root)
         user, settings = self._configuration_of(root)
+        check_optimizer(user, optimizer)
         stage = stage_of(user, settings)
         if stage > 0:
             refuse_sparse(root)
@@ -370,9 +373,10 @@ class DeepSpeed(Strategy):
             refuse_batchnorm(root)
         own = copy_for_engine(optimizer)
         config = engine_config(user, settings, Seen.of(root), kept_in)
-        self._used.append(copy.deepcopy(config))
+        used = copy.deepcopy(config) | resolved_optimizer(user, optimizer)
+        self._used.append(used)
         if self.runtime.topology.is_main:
-            _LOG.debug("DeepSpeed's configuration for %s: %s", type(root).__name__, json.dumps(config))
+            _LOG.debug("DeepSpeed's configuration for %s: %s", type(root).__name__, json.dumps(used))
         if uses_disk(config):
             refuse_begun(own)
             require_async_io(self._extensions)
@@ -414,6 +418,7 @@ class DeepSpeed(Strategy):
             nvme_path=None,
         )
         check(own, settings)
+        check_sections(own)
         refuse_precision(self.runtime.precision, stage_of(own, settings))
         self._say_unused(own)
         return own, settings
@@ -509,6 +514,8 @@ class DeepSpeed(Strategy):
             self._say(
                 f"deepspeed: {', '.join(names)} in {user.path} do nothing: distrib scales losses (docs/numbers.md)"
             )
+        if "scheduler" in user.tree:
+            self._say(f"deepspeed: scheduler in {user.path} does nothing: the schedule is the script's")
 
     def _say(self, text: str) -> None:
         if self.runtime.topology.is_main:

@@ -43,6 +43,7 @@ _LISTED: Final = {
         "enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file",
     ),
 }  # fmt: skip
+CLIENT: Final = ("optimizer", "scheduler")  # sections about what the script itself makes
 _SIZES: Final = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # Keys with one value: name -> its types.
 _VALUES: Final[Mapping[str, tuple[type, ...]]] = {
@@ -69,9 +70,6 @@ _SCALING: Final = (
 _CLIP: Final = "call accelerator.clip_grad_norm_ in the loop; in the file, leave it out or write 0"
 # What DeepSpeed has and a run of this library does otherwise, or not: dotted key -> what to do instead.
 _REFUSED: Final = {
-    "optimizer": "build it in the script, as torch.optim.AdamW(model.parameters(), lr=...) or, for optimizer state on the "
-    "CPU, deepspeed.ops.adam.DeepSpeedCPUAdam(model.parameters(), lr=...), and give it to prepare",
-    "scheduler": "build one of torch.optim.lr_scheduler in the script and give it to prepare",
     "amp": "set mixed_precision",
     "activation_checkpointing": "set activation_checkpointing in the run's own settings",
     "torch_autocast": "set mixed_precision",
@@ -261,12 +259,13 @@ def check(user: UserFile, settings: Settings) -> None:
             options that need another stage.
     """
     for key, value in user.tree.items():
-        _check_key(user, key, value)
+        if key not in CLIENT:
+            _check_key(user, key, value)
     _check_formats(user, settings)
     _check_sizes(user, settings)
     stated = user.get("gradient_clipping", 0)
     if stated not in (0, AUTO):
-        raise _contradiction(user, "gradient_clipping", stated, "clipping is the loop's", _CLIP)
+        raise contradiction(user, "gradient_clipping", stated, "clipping is the loop's", _CLIP)
     _check_zero(user, settings)
 
 
@@ -291,7 +290,7 @@ def engine_config(
         ConfigError: D0885, if an "auto" needs a model that says its hidden size.
     """
     stage = stage_of(user, settings)
-    own = {key: value for key, value in user.tree.items() if key not in (*_SIZES, "fp16", "bf16")}
+    own = {key: value for key, value in user.tree.items() if key not in (*_SIZES, *CLIENT, "fp16", "bf16")}
     reduce = settings.precision.reduce
     config: dict[str, Any] = {
         "steps_per_print": None,
@@ -402,7 +401,7 @@ def _check_key(user: UserFile, key: str, value: Any) -> None:
         module, _, name = _MODELS[key].partition(":")
         _check_model(user, key, value, getattr(importlib.import_module(module), name))
     else:
-        raise _unknown(user, key, [*_VALUES, *_LISTED, *_MODELS])
+        raise unknown(user, key, [*_VALUES, *_LISTED, *_MODELS, *CLIENT])
 
 
 def _check_value(user: UserFile, key: str, value: Any) -> None:
@@ -411,16 +410,16 @@ def _check_value(user: UserFile, key: str, value: Any) -> None:
     if key in _SIZES and fits:
         fits = value >= 1
     if key == "communication_data_type" and value not in _COMMUNICATION:
-        raise _wrong(user, key, value, f"one of {', '.join(_COMMUNICATION)}")
+        raise wrong(user, key, value, f"one of {', '.join(_COMMUNICATION)}")
     if not fits and not (value == AUTO and key in (*_SIZES, "gradient_clipping")):
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
         wanted = "a whole number of at least 1" if key in _SIZES else words.get(types[-1], words[types[0]])
-        raise _wrong(user, key, value, wanted)
+        raise wrong(user, key, value, wanted)
 
 
 def _check_section(user: UserFile, key: str, value: Any) -> None:
     if not isinstance(value, dict):
-        raise _wrong(user, key, value, "an object of keys")
+        raise wrong(user, key, value, "an object of keys")
 
 
 def _check_model(user: UserFile, key: str, tree: Mapping[str, Any], model: type[BaseModel]) -> None:
@@ -452,20 +451,20 @@ def _check_model(user: UserFile, key: str, tree: Mapping[str, Any], model: type[
             error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         )
         place = ".".join([key, *map(str, first["loc"])])
-        raise _wrong(user, place, user.get(place), first["msg"].lower()) from None
+        raise wrong(user, place, user.get(place), first["msg"].lower()) from None
 
 
 def _check_names(user: UserFile, key: str, tree: Tree, known: Sequence[str]) -> None:
     for name in tree:
         if name not in known:
-            raise _unknown(user, f"{key}.{name}", [f"{key}.{x}" for x in known])
+            raise unknown(user, f"{key}.{name}", [f"{key}.{x}" for x in known])
 
 
 def _check_formats(user: UserFile, settings: Settings) -> None:
     computed = settings.precision.compute
     stated = {name: user.get(f"{name}.enabled", AUTO) for name in ("fp16", "bf16")}
     if stated["fp16"] is True and stated["bf16"] is True:
-        raise _contradiction(
+        raise contradiction(
             user,
             "fp16.enabled",
             True,
@@ -475,7 +474,7 @@ def _check_formats(user: UserFile, settings: Settings) -> None:
     for name, enabled in stated.items():
         is_ours = computed is not None and _name(computed) == name
         if enabled != AUTO and name in user.tree and enabled is not is_ours:
-            raise _contradiction(
+            raise contradiction(
                 user,
                 f"{name}.enabled",
                 enabled,
@@ -488,7 +487,7 @@ def _check_sizes(user: UserFile, settings: Settings) -> None:
     total, micro, steps = (None if user.get(x, AUTO) == AUTO else int(user.get(x)) for x in _SIZES)
     ranks = settings.readers
     if total is not None and micro is not None and steps is not None and total != micro * steps * ranks:
-        raise _contradiction(
+        raise contradiction(
             user,
             "train_batch_size",
             total,
@@ -514,13 +513,13 @@ def _steps_of(settings: Settings, micro: int | None) -> float | None:
 
 def _other_size(user: UserFile, key: str, stated: int, name: str, ours: int | None) -> ConfigError:
     says = f"{name} is {'not set' if ours is None else ours}"
-    return _contradiction(user, key, stated, says, f"set {name}: {stated}, or {key} in the file to auto")
+    return contradiction(user, key, stated, says, f"set {name}: {stated}, or {key} in the file to auto")
 
 
 def _check_zero(user: UserFile, settings: Settings) -> None:
     stage, stated = stage_of(user, settings), user.get("zero_optimization.stage", AUTO)
     if settings.stage_is_set and stated not in (AUTO, settings.stage):
-        raise _contradiction(
+        raise contradiction(
             user,
             "zero_optimization.stage",
             stated,
@@ -549,7 +548,7 @@ def _check_offload(user: UserFile, settings: Settings, name: str, stage: int) ->
     """Check where `name` is to be kept, and return it: "none", "cpu" or "nvme"."""
     in_file, ours = user.get(f"zero_optimization.{name}.device", "none"), settings.offload[name]
     if "none" not in (in_file, ours) and in_file != ours:
-        raise _contradiction(
+        raise contradiction(
             user,
             f"zero_optimization.{name}.device",
             in_file,
@@ -581,7 +580,7 @@ def _check_nvme_path(user: UserFile, settings: Settings, name: str, where: str) 
             fix="set deepspeed.nvme_path to a folder of a local disk",
         )
     if None not in (in_file, settings.nvme_path) and in_file != settings.nvme_path:
-        raise _contradiction(
+        raise contradiction(
             user,
             f"zero_optimization.{name}.nvme_path",
             in_file,
@@ -646,7 +645,8 @@ def _without_repeats(pairs: Sequence[tuple[str, Any]], path: str) -> dict[str, A
     return found
 
 
-def _unknown(user: UserFile, key: str, known: Sequence[str]) -> ConfigError:
+def unknown(user: UserFile, key: str, known: Sequence[str]) -> ConfigError:
+    """Return the error for a key that does not exist."""
     return ConfigError(
         "D0882",
         f"DeepSpeed has no key {key!r}{did_you_mean(key, known)}",
@@ -655,7 +655,8 @@ def _unknown(user: UserFile, key: str, known: Sequence[str]) -> ConfigError:
     )
 
 
-def _wrong(user: UserFile, key: str, value: Any, wanted: str) -> ConfigError:
+def wrong(user: UserFile, key: str, value: Any, wanted: str) -> ConfigError:
+    """Return the error for a value that a key cannot have."""
     return ConfigError(
         "D0883",
         f"got {show(value)}; expected {wanted}"
@@ -666,7 +667,8 @@ def _wrong(user: UserFile, key: str, value: Any, wanted: str) -> ConfigError:
     )
 
 
-def _contradiction(user: UserFile, key: str, stated: Any, ours: str, fix: str) -> ConfigError:
+def contradiction(user: UserFile, key: str, stated: Any, ours: str, fix: str) -> ConfigError:
+    """Return the error for a key that says something else than the run does."""
     return ConfigError("D0884", f"is {show(stated)}, but {ours}", where=user.where(key), fix=fix)
 
 

@@ -95,8 +95,6 @@ MISTAKES: list[tuple[Any, dict[str, Any], str, str]] = [
     ({"zero_optimization": {"stage": 3}}, {"stage": 1, "stage_is_set": True}, "D0884", "deepspeed.zero_stage is 1"),
     ({"zero_optimization": {"stage": 2, "allgather_bucket_size": "auto"}}, {}, "D0885", "allgather_bucket_size"),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "auto"}}}, {}, "D0885", "offload_param.device"),
-    ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, {}, "D0886", "torch.optim.AdamW"),
-    ({"scheduler": {"type": "WarmupLR"}}, {}, "D0886", "lr_scheduler"),
     ({"torch_autocast": {"enabled": True}}, {}, "D0886", "mixed_precision"),
     ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, {}, "D0886", "offload_optimizer"),
     (
