@@ -302,6 +302,11 @@ def _check_version(document: Any, where: str) -> None:
         )
 
 
+def _drained(mapping: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name in list(mapping):
+        yield name, mapping.pop(name)
+
+
 class _Parser:
     """Turns the body of a manifest into values, and refuses whatever is not exactly what `dump` writes."""
 
@@ -309,8 +314,9 @@ class _Parser:
         self.where = where
 
     def manifest(self, body: dict[str, Any]) -> Manifest:
-        files = {self.file_name(n): self.file(n, x) for n, x in self.mapping(body, "files").items()}
-        tensors = {n: self.tensor(n, x, files) for n, x in self.mapping(body, "tensors").items()}
+        """Return the manifest, and leave nothing of what `body` lists: it would be in memory twice."""
+        files = {self.file_name(n): self.file(n, x) for n, x in _drained(self.mapping(body, "files"))}
+        tensors = {n: self.tensor(n, x, files) for n, x in _drained(self.mapping(body, "tensors"))}
         self.check_layout(files, tensors)
         aliases = self.mapping(body, "aliases")
         for name, target in aliases.items():

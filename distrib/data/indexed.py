@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import xxhash
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, get_worker_info
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from distrib.data.keyed import Fetch, Generators
 from distrib.data.options import DataOptions, Round
 from distrib.data.order import Order, Permutation, Sequential
 from distrib.data.sharding import Layout, MicroStep, Share, share_of
-from distrib.data.workers import iterator_of, naming_dead_workers
+from distrib.data.workers import iterator_of, naming_dead_workers, worker_init
 from distrib.errors import DataError
 from distrib.seeding import derive
 
@@ -340,20 +340,3 @@ def check_kind(loader: DataLoader[Any]) -> None:
 def as_is(value: Any) -> Any:
     """Return `value`: what a source makes is collated already."""
     return value
-
-
-def worker_init(loader: DataLoader[Any]) -> Callable[[int], None] | None:
-    """Return the user's `worker_init_fn`, which finds its own data set in the worker's information."""
-    return _WorkerInit(loader.worker_init_fn) if loader.worker_init_fn is not None else None
-
-
-class _WorkerInit:
-    def __init__(self, function: Callable[[int], None]) -> None:
-        self._function = function
-
-    def __call__(self, worker: int) -> None:
-        info = get_worker_info()
-        assert info is not None, "torch calls this in a worker"
-        ours: Any = info.dataset
-        object.__setattr__(info, "dataset", ours.dataset)  # it is frozen
-        self._function(worker)

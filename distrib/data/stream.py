@@ -22,11 +22,11 @@ import xxhash
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from distrib.collectives.trees import constants, tensors
-from distrib.data.indexed import as_is, worker_init
+from distrib.data.indexed import as_is
 from distrib.data.keyed import Generators, seed_generators
 from distrib.data.options import DataOptions, Round
 from distrib.data.sharding import Layout, MicroStep, Share, share_of
-from distrib.data.workers import iterator_of, naming_dead_workers
+from distrib.data.workers import iterator_of, naming_dead_workers, worker_init
 from distrib.errors import ConfigError, DataError
 from distrib.seeding import derive
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Any
 
 import torch.distributed as dist
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from distrib.collectives.threads import let_threads_finish
 from distrib.errors import DataError
@@ -24,6 +26,35 @@ def iterator_of(loader: DataLoader[Any]) -> Iterator[Any]:
     if loader.num_workers and dist.is_available() and dist.is_initialized():
         let_threads_finish()
     return iter(loader)
+
+
+def worker_init(loader: DataLoader[Any]) -> Callable[[int], None]:
+    """Return what a worker calls first; the user's `worker_init_fn` finds its own data set in the worker's information."""
+    return _WorkerInit(loader.worker_init_fn)
+
+
+class _WorkerInit:
+    def __init__(self, function: Callable[[int], None] | None) -> None:
+        self._function = function
+
+    def __call__(self, worker: int) -> None:
+        sys.excepthook = partial(_unless_the_rank_has_gone, sys.excepthook)
+        if self._function is None:
+            return
+        info = get_worker_info()
+        assert info is not None, "torch calls this in a worker"
+        ours: Any = info.dataset
+        object.__setattr__(info, "dataset", ours.dataset)  # it is frozen
+        self._function(worker)
+
+
+def _unless_the_rank_has_gone(report: Callable[..., None], kind: type[BaseException], *others: Any) -> None:
+    """Keep a worker from telling that its rank hangs up on it: the rank ends, and says itself why.
+
+    What goes wrong in the data set's code does not come here; torch sends it to the rank.
+    """
+    if not issubclass(kind, ConnectionError):
+        report(kind, *others)
 
 
 @contextmanager
