@@ -92,8 +92,8 @@ class Accelerator:
     Args:
         config: Settings, or a file of them. Default: what `distrib launch` passed, else the file that
             DISTRIB_CONFIG_FILE names, else defaults.
-        strategy: "auto", "single", "ddp", "fsdp" or "deepspeed".
-        mixed_precision: "no", "bf16" or "fp16".
+        strategy: "auto", "single", "ddp", "fsdp", "deepspeed" or "xla".
+        mixed_precision: "no", "bf16", "fp16" or "fp8".
         gradient_accumulation_steps: Micro-steps per optimizer step; 1 by default. Not together with the next.
         global_batch_size: Samples per optimizer step over all ranks.
         project_dir: Where relative paths of outputs begin; the working directory by default.
@@ -219,7 +219,7 @@ class Accelerator:
 
     @property
     def mixed_precision(self) -> str:
-        """Name of the precision policy: "no", "bf16", "fp16"."""
+        """Name of the precision policy: "no", "bf16", "fp16", "fp8"."""
         return self._runtime.precision.name
 
     @property
@@ -951,7 +951,11 @@ class Accelerator:
         return plain if keep_fp32_wrapper else remove_precision(plain)
 
     def free_memory(self, *objects: Any) -> Any:
-        """Forget all that was prepared and give cached device memory back; returns a None for each object."""
+        """Forget all that was prepared or registered, but hooks, and give cached device memory back.
+
+        Returns:
+            A None for each object.
+        """
         self._run = RunState(scaler=self._run.scaler)
         self._live = LiveLoaders()
         self._accumulation = self._new_accumulation()
