@@ -155,8 +155,6 @@ class Accelerator:
         self._planner = Planner()
         self._save_hooks, self._load_hooks = Hooks(), Hooks()
         atexit.register(self._runtime.collectives.close)
-        atexit.register(self._tracking.finish)
-        atexit.register(self._background.finish)
         if self.is_main_process:
             notice(started.summary)
 
@@ -951,7 +949,7 @@ class Accelerator:
         return plain if keep_fp32_wrapper else remove_precision(plain)
 
     def free_memory(self, *objects: Any) -> Any:
-        """Forget all that was prepared or registered, but hooks, and give cached device memory back.
+        """Forget all that was prepared or registered, but hooks, and give memory that is not used back.
 
         Returns:
             A None for each object.
@@ -959,6 +957,7 @@ class Accelerator:
         self._run = RunState(scaler=self._run.scaler)
         self._live = LiveLoaders()
         self._accumulation = self._new_accumulation()
+        self._background.arena.release()
         self._runtime.device_backend.empty_cache()
         return None if len(objects) == 1 else (None,) * len(objects)
 
@@ -1093,8 +1092,10 @@ class Accelerator:
             CheckpointError: if that save failed and nobody has been told so far.
         """
         self._background.wait()
+        self._background.arena.release()
         self._tracking.finish()
         self._runtime.collectives.close()
+        atexit.unregister(self._runtime.collectives.close)
 
 
 def _only(condition: Callable[[], bool], function: F) -> F:

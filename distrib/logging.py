@@ -6,11 +6,21 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Final
 
 from distrib.errors import CollectiveError, ConfigError
+
+# As distrib.topology knows them, which is not imported for a log line: the first that is set counts.
+_RANKS: Final = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK")
+_SIZES: Final = (
+    "WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+    "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+)
 
 
 class RankLogger(logging.LoggerAdapter[logging.Logger]):
@@ -68,8 +78,12 @@ def get_logger(name: str, log_level: str | None = None) -> RankLogger:
 
 def rank_of(env: Mapping[str, str]) -> int:
     """Return this process's rank as the usual variables give it, 0 if none does."""
-    value = env.get("RANK") or env.get("SLURM_PROCID") or "0"
+    value = _first(env, _RANKS, "0")
     return int(value) if value.isdigit() else 0
+
+
+def _first(env: Mapping[str, str], names: Sequence[str], default: str) -> str:
+    return next((found for name in names if (found := env.get(name))), default)
 
 
 def _turn(env: Mapping[str, str]) -> AbstractContextManager[None]:
@@ -82,7 +96,7 @@ def _turn(env: Mapping[str, str]) -> AbstractContextManager[None]:
         ranks = importlib.import_module("distrib.collectives").connected_ranks()
         turn: AbstractContextManager[None] = ranks.in_turn("logging in order")
         return turn
-    if (env.get("WORLD_SIZE") or "1") != "1":
+    if _first(env, _SIZES, "1") != "1":
         raise CollectiveError(
             "D0407",
             "in_order=True, but the ranks are not connected yet",

@@ -224,7 +224,7 @@ def _options_of(name: str, config: RunConfig) -> dict[str, object]:
 def call_site() -> str:
     """Return "file:line" of the innermost frame outside this package."""
     frame = sys._getframe(1)
-    package = str(Path(__file__).parent)
+    package = f"{Path(__file__).parent}/"  # not what merely begins like it
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"

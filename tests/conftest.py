@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -48,3 +49,14 @@ def no_process_outlives_its_test() -> Iterator[None]:
         for process in left_now:
             process.kill()
         assert not left_now, f"processes left behind: {names}"
+
+
+@pytest.fixture
+def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launch around us, and no rank that another test left."""
+    from distrib import seeding  # most tests of the launcher need no torch
+
+    for name in [*os.environ]:
+        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") or name.startswith(("DISTRIB_", "SLURM_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(seeding, "_noise_rank", 0)

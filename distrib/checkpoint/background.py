@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures.thread
 import contextlib
 import logging
@@ -40,6 +41,8 @@ class Pending(threading.Thread):
             self._after()
         except BaseException as error:  # noqa: BLE001 (raised where somebody waits, or logged at the end)
             self._error = error
+        finally:
+            del self._saving, self._collectives, self._after  # a handle that is kept must not keep the copies
 
     def wait(self) -> Location:
         """Return the path when the checkpoint is complete.
@@ -76,7 +79,7 @@ class Background:
         self._beside: Collectives | None = None  # made by the first save
         self.arena = Arena()
         self._last: Pending | None = None
-        _before_executors_end(self._join)
+        _before_executors_end(_join_savers)
 
     def start(self, saving: Saving, after: Callable[[], None]) -> Pending:
         """Write in a thread what has been copied. Collective; after `wait`.
@@ -88,6 +91,7 @@ class Background:
         self._beside = self._beside or self._main.beside()
         self._last = Pending(saving, self._beside, after)
         self._last.start()
+        atexit.register(self._last.tell)  # the save alone: this object and its memory may go before
         return self._last
 
     def wait(self) -> None:
@@ -98,17 +102,15 @@ class Background:
         """
         last, self._last = self._last, None
         if last is not None:
+            atexit.unregister(last.tell)
             last.wait()
 
-    def _join(self) -> None:
-        if self._last is not None:
-            self._last.join()
 
-    def finish(self) -> None:
-        """At the end of the process: wait, and log a failure that nobody has been told of."""
-        if self._last is not None:
-            self._last.tell()
-            self._last = None
+def _join_savers() -> None:
+    """Wait for every save that is being written."""
+    for thread in threading.enumerate():
+        if isinstance(thread, Pending):
+            thread.join()
 
 
 def _before_executors_end(function: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ import fnmatch
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from distrib.collectives.base import Collectives
 from distrib.errors import CheckpointError
 from distrib.state import ShardedState, Slice
 
+_LITTLE = 2**20  # bytes, which a gather may waste on each rank
 _ONE_FILE = 2**62  # bytes; PEFT reads one file only
 Include = Sequence[str] | Callable[[str], bool]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", re.IGNORECASE)
@@ -193,17 +195,46 @@ def _gather(tensor: _Tensor, mine: _Mine, collectives: Collectives) -> torch.Ten
         mine[held.name, held.where].get().detach() for rank, held in tensor.parts if rank == collectives.rank
     ]
     if any(rank for rank, _ in tensor.parts):
-        data = [as_bytes(x.contiguous()) for x in own]
-        nothing = torch.empty(
-            0, dtype=torch.uint8, device=next((s.get().device for s in mine.values()), "cpu")
-        )
-        received = collectives.gather(torch.cat(data) if data else nothing)
-        own = [
-            x.view(DTYPES[tensor.stored]) for x in _cut(received, [_nbytes(held) for _, held in tensor.parts])
-        ]
+        sent = [as_bytes(x.contiguous()) for x in own]
+        device = next((s.get().device for s in mine.values()), torch.device("cpu"))
+        move = _together if _is_even(tensor, collectives.world_size) else _one_by_one
+        own = [x.view(DTYPES[tensor.stored]) for x in move(tensor, sent, device, collectives)]
     if collectives.rank:
         return torch.empty(0)
     return _assemble(tensor, own).to(DTYPES[tensor.dtype])
+
+
+def _is_even(tensor: _Tensor, world_size: int) -> bool:
+    """Whether a gather wastes little: it makes room for each rank as for the one that sends most."""
+    sent: Counter[int] = Counter()
+    for rank, held in tensor.parts:
+        sent[rank] += _nbytes(held)
+    total = sum(sent.values())
+    return world_size * max(sent.values()) - total <= max(_LITTLE, total // 4)
+
+
+def _together(
+    tensor: _Tensor, sent: Sequence[torch.Tensor], device: torch.device, collectives: Collectives
+) -> Iterable[torch.Tensor]:
+    """Return the bytes of all parts, in order. Collective."""
+    nothing = torch.empty(0, dtype=torch.uint8, device=device)
+    received = collectives.gather(torch.cat([*sent, nothing]))
+    return _cut(received, [_nbytes(held) for _, held in tensor.parts])
+
+
+def _one_by_one(
+    tensor: _Tensor, sent: Sequence[torch.Tensor], device: torch.device, collectives: Collectives
+) -> Iterable[torch.Tensor]:
+    """Return the bytes of all parts, in order, on rank 0; others have no more than one part at a time. Collective."""
+    own, found = iter(sent), []
+    blank = torch.empty(1, dtype=torch.uint8, device=device)
+    for rank, held in tensor.parts:
+        part = next(own) if rank == collectives.rank else blank.expand(_nbytes(held))
+        if rank:
+            part = collectives.broadcast(part, rank)
+        if collectives.rank == 0:
+            found.append(part)
+    return found
 
 
 def _assemble(tensor: _Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -21,7 +21,7 @@ _UNKNOWN: Final = "?"  # sorts behind every time
 
 
 @dataclass(frozen=True)
-class Found:
+class ListedCheckpoint:
     """One checkpoint, or what stands where one should.
 
     Attributes:
@@ -46,7 +46,7 @@ class Found:
         return int(named[1]) if named else None
 
 
-def inventory(place: str | Path | Url) -> list[Found]:
+def inventory(place: str | Path | Url) -> list[ListedCheckpoint]:
     """Return the checkpoints of a folder, newest last; the folder itself, if it is one. Nothing is changed.
 
     What lies in it counts if it has a manifest of ours or is a folder named `step-<number>`.
@@ -91,13 +91,13 @@ def _is_folder(place: Location) -> bool:
     return place.is_dir() if isinstance(place, Path) else any(True for _ in entries(place))
 
 
-def inventory_lines(found: list[Found]) -> list[str]:
+def inventory_lines(found: list[ListedCheckpoint]) -> list[str]:
     """Return the checkpoints as a table: name, step, size, time, world size, strategy, state."""
     head = ("checkpoint", "step", "size", "saved at", "ranks", "strategy", "state")
     return table(head, map(_row, found), right=(1, 2, 4))
 
 
-def _look(path: Location) -> Found:
+def _look(path: Location) -> ListedCheckpoint:
     problem = incompleteness(path)
     try:
         manifest = inspect(path)
@@ -106,7 +106,7 @@ def _look(path: Location) -> Found:
     saved_at = manifest.info.get("saved_at") if manifest else None
     if not isinstance(saved_at, str):
         saved_at = _time_of(path)
-    return Found(path, saved_at, manifest, _brief(problem, path) if problem else None)
+    return ListedCheckpoint(path, saved_at, manifest, _brief(problem, path) if problem else None)
 
 
 def _time_of(path: Location) -> str:
@@ -121,7 +121,7 @@ def _brief(problem: CheckpointError, path: Location) -> str:
     return problem.problem if file in ("", str(path)) else f"{file} {problem.problem}"
 
 
-def _row(found: Found) -> tuple[str, ...]:
+def _row(found: ListedCheckpoint) -> tuple[str, ...]:
     step = _UNKNOWN if found.step is None else str(found.step)
     state = found.problem or "complete"
     if found.manifest is None:

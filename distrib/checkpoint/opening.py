@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from distrib.checkpoint import format as layout
+from distrib.checkpoint import format as file_format
 from distrib.checkpoint.claim import is_checkpoint, restore_aside
 from distrib.checkpoint.files import Directory
 from distrib.checkpoint.format import MANIFEST, Extent, Manifest
@@ -122,11 +122,11 @@ class Opened(NamedTuple):
 
     @property
     def digest(self) -> str:
-        return layout.checksum(self.data)
+        return file_format.checksum(self.data)
 
     def parse(self) -> Manifest:
         """Return the manifest; from now on the directory's files can be opened by the names in it."""
-        manifest = layout.load(self.data, self.directory.where(MANIFEST))
+        manifest = file_format.load(self.data, self.directory.where(MANIFEST))
         self.directory.enter(manifest.folder)
         return manifest
 
@@ -248,8 +248,8 @@ def _byte_problems(
 
 def portion(manifest: Manifest, rank: int, world_size: int) -> list[Extent]:
     """Return the ranges that begin in this rank's part of all bytes, so that the ranks share the reading."""
-    total, at, found = layout.total_bytes(manifest), 0, []
-    for extent in layout.checked_bytes(manifest):
+    total, at, found = file_format.total_bytes(manifest), 0, []
+    for extent in file_format.checked_bytes(manifest):
         if at * world_size // max(total, 1) == rank:
             found.append(extent)
         at = min(at + extent.stop - extent.start, max(total - 1, 0))

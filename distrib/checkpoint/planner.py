@@ -36,7 +36,7 @@ class Digests:
 
 
 @dataclass(frozen=True)
-class Layout:
+class WriteLayout:
     """Who writes what, as far as one rank has to know.
 
     Attributes:
@@ -74,7 +74,7 @@ class Planner:
     def __init__(self) -> None:
         self._mine: Holding | None = None
         self._digest = self._known = ""
-        self._layout: Layout | None = None
+        self._layout: WriteLayout | None = None
 
     def digests(self, mine: Holding, objects: bytes) -> Digests:
         """Return what the others need to know before `exchange`."""
@@ -107,7 +107,7 @@ class Planner:
             [said[ranks[0]][1] for ranks in speakers],
         )
 
-    def layout(self, said: Said, rank: int) -> Layout:
+    def layout(self, said: Said, rank: int) -> WriteLayout:
         """Return who writes what. The same on all ranks, but for what each of them writes.
 
         Raises:
@@ -120,7 +120,7 @@ class Planner:
         aliases = merged([dict(x.aliases) for _, x in said.holdings], "the aliases")
         return _layout(plan, aliases, rank)
 
-    def remember(self, layout: Layout, digests: Sequence[Digests]) -> None:
+    def remember(self, layout: WriteLayout, digests: Sequence[Digests]) -> None:
         """Keep what all ranks have agreed on. To be called where it is sure that they have."""
         self._layout, self._known = layout, _joined(digests)
 
@@ -137,7 +137,7 @@ def _alike(values: Iterable[str]) -> list[tuple[int, ...]]:
     return list(map(tuple, groups.values()))
 
 
-def _layout(plan: WritePlan, aliases: dict[str, str], rank: int) -> Layout:
+def _layout(plan: WritePlan, aliases: dict[str, str], rank: int) -> WriteLayout:
     items = [item for owned in plan.owned for item in owned]
     stored = {item.name for item in items}
     for name, target in aliases.items():
@@ -148,7 +148,7 @@ def _layout(plan: WritePlan, aliases: dict[str, str], rank: int) -> Layout:
                 fix="this is a fault of the strategy's sharded_state; report it",
             )
     num_bytes = sum(size_of(item.where) * ITEMSIZE[item.dtype] for item in items)
-    return Layout(plan.owned[rank], frozenset(map(group_of, stored)), num_bytes, aliases)
+    return WriteLayout(plan.owned[rank], frozenset(map(group_of, stored)), num_bytes, aliases)
 
 
 def merged(values: Sequence[dict[str, Any]], path: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distrib.checkpoint import format as layout
+from distrib.checkpoint import format as file_format
 from distrib.checkpoint.agreement import on_main, together
 from distrib.checkpoint.claim import restore_aside
 from distrib.checkpoint.codec import decode
@@ -309,7 +309,7 @@ class Reader:
                 where=self._where(name),
                 fix="load a checkpoint that save_state wrote",
             )
-        return layout.parse_json(self._directory.read(name, record), self._where(name))
+        return file_format.parse_json(self._directory.read(name, record), self._where(name))
 
     def _position(self, value: Any) -> LoaderPosition:
         fields = decode(value, self._where(LOADERS)) if isinstance(value, dict) else {}

@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
 
-from distrib.checkpoint import format as layout
+from distrib.checkpoint import format as file_format
 from distrib.checkpoint.format import MAGIC, MANIFEST, Manifest
 from distrib.checkpoint.lease import Lease, check_owner, is_forgotten, read_owner
 from distrib.checkpoint.location import Url
@@ -119,7 +119,7 @@ class RemoteClaim:
         """
         self._lease.check()
         self._check_files(manifest)
-        self._publish(layout.dump(manifest))
+        self._publish(file_format.dump(manifest))
         try:
             _remove(self._target, set(self._target.names()) - {MANIFEST, self.folder})
         except CheckpointError as error:
@@ -224,7 +224,7 @@ def _tidy(store: Store) -> None:
     """Remove what saves have written there and no manifest names; the lock is held."""
     data = store.get(MANIFEST)  # not from a listing, which may be late
     try:
-        used = layout.load(data, str(store.url / MANIFEST)).folder if data else ""
+        used = file_format.load(data, str(store.url / MANIFEST)).folder if data else ""
     except CheckpointError as error:
         _log.warning("%s; nothing is removed there", error)
         return

@@ -17,6 +17,10 @@ class Arena:
     """
 
     def __init__(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let the memory go; copies that are still in use keep it until they are not."""
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._pinned = False
         self._kinds: list[tuple[torch.Size, torch.dtype]] = []

@@ -33,7 +33,7 @@ from distrib.checkpoint.location import Location, Url, locate
 from distrib.checkpoint.parallel import each, num_threads
 from distrib.checkpoint.place import Draft, Place, draft_at, take_place
 from distrib.checkpoint.plan import Held, Shape, Where, canonical, size_of, whole_box
-from distrib.checkpoint.planner import Digests, Holding, Layout, Planner, Said, merged
+from distrib.checkpoint.planner import Digests, Holding, Planner, Said, WriteLayout, merged
 from distrib.checkpoint.staging import Arena
 from distrib.checkpoint.storage import Storage
 from distrib.checkpoint.tensorfile import Entry, header, in_file_order, record_of, stream_tensors
@@ -97,7 +97,7 @@ class _Shelf:
 class _Share:
     """What a rank writes; rank 0 has the objects of all ranks."""
 
-    layout: Layout
+    layout: WriteLayout
     tensors: _Tensors
     objects: bytes
 
@@ -333,7 +333,7 @@ def _objects_of_all(said: Said) -> bytes:
     return _json(OBJECTS, merged([json.loads(x) for x in said.objects], "the objects"))
 
 
-def _make_room(place: Place, layout: Layout, files: Mapping[str, int]) -> None:
+def _make_room(place: Place, layout: WriteLayout, files: Mapping[str, int]) -> None:
     folders = layout.groups | set(_RESERVED)
     folders |= {str(folder) for name in files for folder in PurePosixPath(name).parents} - {"."}
     place.make_room(sorted(folders), layout.num_bytes + sum(files.values()))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from distrib.collectives.base import Collectives
-from distrib.collectives.process_group import ProcessGroupCollectives, check_existing_group, connect
+from distrib.collectives.process_group import check_existing_group, connect, connected_ranks
 from distrib.collectives.single import SingleCollectives
 from distrib.devices.base import DeviceBackend
 from distrib.errors import TopologyError
@@ -57,8 +57,3 @@ def connect_ranks(
     return connect(
         topology, backend.comm_backend, device, timeout_s, rendezvous_timeout_s or timeout_s, make=make
     )
-
-
-def connected_ranks() -> Collectives:
-    """Return collectives over the process group that exists already, for values in host memory. Collective."""
-    return ProcessGroupCollectives(torch.device("cpu"), owned=False)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,9 @@ _OPS = {
 
 
 _sharing: list[ProcessGroupCollectives] = []  # those over the default group; the last one to close ends it
+_visiting: WeakKeyDictionary[dist.ProcessGroup, ProcessGroupCollectives] = (
+    WeakKeyDictionary()
+)  # by the default group
 
 
 def connect(
@@ -81,7 +85,7 @@ def connect(
     make = make or ProcessGroupCollectives
     if dist.is_initialized():
         check_existing_group(topology)
-        return make(device, owned=False)
+        return _joined(make(device, owned=False))
     assert topology.rendezvous is not None, "a world of more than one rank has a rendezvous"
     backend = "gloo" if comm_backend == "gloo" else f"cpu:gloo,{device.type}:{comm_backend}"
     timeout = timedelta(seconds=timeout_s)
@@ -97,7 +101,24 @@ def connect(
             f"rank {topology.rank} of {topology.world_size} could not join the others at {address}: {error}",
             fix="check that every rank was started and that the address is reachable from all nodes",
         ) from error
-    return make(device, owned=True)
+    return _joined(make(device, owned=True))
+
+
+def _joined(ours: ProcessGroupCollectives) -> ProcessGroupCollectives:
+    _sharing.append(ours)
+    return ours
+
+
+def connected_ranks() -> Collectives:
+    """Return collectives over the process group that exists already, for values in host memory. Collective.
+
+    They are made once for each such group, and never end it.
+    """
+    default = dist.group.WORLD
+    assert default is not None, "the default group exists"
+    if default not in _visiting:
+        _visiting[default] = ProcessGroupCollectives(_CPU, owned=False)
+    return _visiting[default]
 
 
 def check_existing_group(topology: Topology) -> None:
@@ -118,6 +139,12 @@ def check_existing_group(topology: Topology) -> None:
         )
 
 
+class _Holding:
+    """The block in which this rank goes first, while others wait for its end; one for a group and its parts."""
+
+    block: str | None = None
+
+
 class ProcessGroupCollectives(Collectives):
     """Collectives over torch's default process group. Collective.
 
@@ -131,14 +158,11 @@ class ProcessGroupCollectives(Collectives):
 
     def __init__(self, device: torch.device, *, owned: bool) -> None:
         self.device, self._owned = device, owned
-        _sharing.append(self)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._cpu_group = _group_for_cpu()
         self._meet = Exchange(self.world_size, self._cpu_group)
         self._turns = Turns(dist.distributed_c10d._get_default_store(), self.rank)
-        self._holding: str | None = (
-            None  # the block in which this rank goes first, while others wait for its end
-        )
+        self._holding = _Holding()
 
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
         group = self._cpu_group if tensor.is_cpu else self._group
@@ -260,12 +284,12 @@ class ProcessGroupCollectives(Collectives):
             self._turns.follow(scope, where, speaks=place == 1)
             yield
             return
-        outer, self._holding = self._holding, f"the block at {where}"
+        outer, self._holding.block = self._holding.block, f"the block at {where}"
         try:
             with self._turns.go_first(scope, where, members - 1):
                 yield
         finally:
-            self._holding = outer
+            self._holding.block = outer
 
     @contextmanager
     def in_turn(self, why: str) -> Iterator[None]:
@@ -303,12 +327,6 @@ class ProcessGroupCollectives(Collectives):
         what: str | None = None,
     ) -> Heard:
         """Exchange what the ranks are about to do, or raise on all of them if it is not the same."""
-        if self._holding is not None:
-            raise CollectiveError(
-                "D0406",
-                f"{signature.op} inside {self._holding}, in which the other ranks wait until this one has left it",
-                fix="move the call out of the block; only work that one rank can do alone belongs into it",
-            )
         heard = self._with_peers(
             what or signature.op, self._meet, signature.key, note, flags=flags, extra=extra
         )
@@ -328,17 +346,30 @@ class ProcessGroupCollectives(Collectives):
 
     def _with_peers(self, what: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Call what needs the other ranks; turn what torch raises when one is lost into our error."""
+        self._check_not_alone(what)
         self.in_flight = what
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
+            is_late = "timed out" in str(error).lower()
             raise CollectiveError(
                 "D0402",
                 f"{what} failed: {error}",
-                fix="look for the rank that ended or stopped first; this rank only followed it",
+                fix="let every rank make this call, not only the main one; if the others were merely slow, raise "
+                "watch.stall_timeout_s (--collective-timeout)"
+                if is_late
+                else "look for the rank that ended or stopped first; this rank only followed it",
             ) from error
         finally:
             self.in_flight = None
+
+    def _check_not_alone(self, what: str) -> None:
+        if self._holding.block is not None:
+            raise CollectiveError(
+                "D0406",
+                f"{what} inside {self._holding.block}, in which the other ranks wait until this one has left it",
+                fix="move the call out of the block; only work that one rank can do alone belongs into it",
+            )
 
     def _gather_packed(
         self, leaves: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]
@@ -382,7 +413,7 @@ class _Beside(ProcessGroupCollectives):
         self.rank, self.world_size = main.rank, main.world_size
         self._cpu_group = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
         self._meet = Exchange(self.world_size, self._cpu_group)
-        self._holding = None
+        self._holding = _Holding()  # its own: another thread of each rank goes on while the main threads wait
 
     def close(self) -> None:
         """It ends with the default group."""
@@ -401,8 +432,7 @@ class _Part(ProcessGroupCollectives):
         if not any(device.type == _CPU.type for device in own._device_types):
             self._cpu_group = _new_group(groups, backend="gloo")
         self._meet = Exchange(self.world_size, self._cpu_group)
-        self._turns = main._turns
-        self._holding = None
+        self._turns, self._holding = main._turns, main._holding
 
     def close(self) -> None:
         """It ends with the default group."""

@@ -68,10 +68,10 @@ class SingleCollectives(Collectives):
         return received.copy_(parts[0])
 
     def all_to_all(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows
+        return _copy(rows)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.unsqueeze(0)
+        return _copy(tensor).unsqueeze(0)
 
     def barrier(self, why: str) -> None:
         return None

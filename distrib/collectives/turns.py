@@ -51,6 +51,7 @@ class Turns:
         self._store, self._rank = store, rank
         self._tell_every_s, self._tell = tell_every_s, tell
         self._left: dict[str, int] = {}  # key of a body that has ended -> how many follow
+        self._at_exit: Finalize | None = None
 
     @contextmanager
     def go_first(self, scope: str, where: str, followers: int) -> Iterator[None]:
@@ -61,6 +62,7 @@ class Turns:
             where: The script's "file:line".
             followers: How many others take part.
         """
+        self._forget_seen()
         key = self._key(scope)
         who = {"rank": self._rank, "host": socket.gethostname(), "where": where, "since": time.time()}
         with _connection(scope):
@@ -70,14 +72,14 @@ class Turns:
         except BaseException as error:
             with suppress(dist.DistError):  # the body's own exception says more
                 self._store.set(key, json.dumps({"failed": _summary(error)}))
-                self._stay(key, self._store.add(f"{key}/waiting", 0), _STAY_AFTER_FAILURE_S)
+                waiting = self._store.add(f"{key}/waiting", 0)
+                self._stay(key, waiting, time.monotonic() + _STAY_AFTER_FAILURE_S)
             raise
         with _connection(scope):
             self._store.set(key, json.dumps({}))
-        if (
-            not self._left
-        ):  # runs in forked children of multiprocessing too, where atexit does not before Python 3.13
-            Finalize(None, self.close, exitpriority=0)
+        if self._at_exit is None:
+            # runs in forked children of multiprocessing too, where atexit does not before Python 3.13
+            self._at_exit = Finalize(None, self.close, exitpriority=0)
         self._left[key] = followers
 
     def follow(self, scope: str, where: str, *, speaks: bool) -> None:
@@ -135,10 +137,19 @@ class Turns:
 
     def close(self) -> None:
         """Stay until those who follow have seen that this rank is done, since the store may go with it."""
+        deadline = time.monotonic() + _STAY_AT_END_S
         with suppress(dist.DistError):
             for key, followers in self._left.items():
-                self._stay(key, followers, _STAY_AT_END_S)
+                self._stay(key, followers, deadline)
         self._left.clear()
+
+    def _forget_seen(self) -> None:
+        """Drop the bodies whose end all have seen: nobody asks for their keys any more."""
+        with suppress(dist.DistError):  # who comes next meets it too, and says where
+            for key in [key for key, followers in self._left.items() if self._seen(key) >= followers]:
+                for name in (key, f"{key}/who", f"{key}/waiting", f"{key}/seen"):
+                    self._store.delete_key(name)
+                del self._left[key]
 
     def _wait(self, key: str, tell: Callable[[float], None] | None) -> None:
         began = told = time.monotonic()
@@ -150,11 +161,13 @@ class Turns:
                 told = now
                 tell(now - began)
 
-    def _stay(self, key: str, followers: int, limit_s: float) -> None:
-        deadline = time.monotonic() + limit_s
+    def _stay(self, key: str, followers: int, deadline: float) -> None:
         for _ in _pauses():
-            if self._store.add(f"{key}/seen", 0) >= followers or time.monotonic() > deadline:
+            if self._seen(key) >= followers or time.monotonic() > deadline:
                 return
+
+    def _seen(self, key: str) -> int:
+        return self._store.add(f"{key}/seen", 0)
 
     def _who(self, key: str, scope: str) -> str:
         """Say who goes first, as far as it has told."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from distrib.config import not_built
 from distrib.config.problems import raise_all
@@ -108,6 +109,26 @@ def _how_to_mend(setting: Setting) -> str:
     return f"give {key} such a value, or leave it out (default: {show(default)})"
 
 
+_OF_ACCELERATE: Final = {  # key -> ours, or empty
+    "compute_environment": "",
+    "debug": "",
+    "deepspeed_config": "a section `deepspeed:`",
+    "distributed_type": "strategy",
+    "downcast_bf16": "",
+    "dynamo_config": "a section `compile:`",
+    "fsdp_config": "a section `fsdp:`",
+    "gpu_ids": "the variable CUDA_VISIBLE_DEVICES",
+    "machine_rank": "",
+    "main_process_port": "launch.master_port",
+    "main_training_function": "",
+    "num_machines": "launch.nnodes",
+    "num_processes": "launch.nproc_per_node",
+    "rdzv_backend": "",
+    "same_network": "",
+    "use_cpu": "device: cpu",
+}
+
+
 def _unknown(setting: Setting) -> ConfigError:
     key, known = setting.key, (*keys(), *sections())
     same_name = [name for name in keys() if name.rpartition(".")[2] == key.rpartition(".")[2]]
@@ -119,8 +140,16 @@ def _unknown(setting: Setting) -> ConfigError:
         "D0105",
         f"unknown key {key!r}{near}",
         where=setting.where,
-        fix="correct or remove it; docs/config.md lists every key",
+        fix=_said_otherwise(key) or "correct or remove it; docs/config.md lists every key",
     )
+
+
+def _said_otherwise(key: str) -> str:
+    """How to say what a key of Accelerate's configuration file says; empty for all others."""
+    if key.partition(".")[0] not in _OF_ACCELERATE:
+        return ""
+    ours = _OF_ACCELERATE[key.partition(".")[0]]
+    return f"this is a key of Accelerate's file; {f'ours is {ours}' if ours else 'leave it out, nothing here needs it'}"
 
 
 def variable_of(key: str) -> str:

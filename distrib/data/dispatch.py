@@ -6,18 +6,20 @@ import io
 import math
 import pickle
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distrib.collectives.base import Collectives
+from distrib.collectives.packing import flat_bytes
 from distrib.data.options import Round
 from distrib.errors import DataError
 
 _HEADER = 16  # bytes: length of the message, and the capacity that a longer one needs
 _FIRST_CAPACITY = 2**16
 _ALIGN = 16
+_LONGEST = 500  # characters of an error
 
 
 def dispatched(rounds: Iterator[Round] | None, collectives: Collectives) -> Iterator[Round]:
@@ -32,23 +34,32 @@ def dispatched(rounds: Iterator[Round] | None, collectives: Collectives) -> Iter
     """
     post = _Post(collectives)
     while True:
-        round_, error = _read(rounds) if rounds is not None else (None, None)
-        parts = [error] * post.world_size if round_ is None else _parts(round_)
-        received = post.deliver(parts if rounds is not None else None)
+        messages, error = _read(rounds, post.world_size) if rounds is not None else (None, None)
+        received = post.deliver(messages)
         if error is not None:
             raise error
         if received is None:
             return
-        if isinstance(received, BaseException):
-            raise DataError("D0515", f"rank 0, which reads for all, failed: {received!r:.500}") from received
+        if isinstance(received, _Failure):
+            raise DataError("D0515", f"rank 0, which reads for all, failed: {received.text}")
         yield received
 
 
-def _read(rounds: Iterator[Round]) -> tuple[Round | None, Exception | None]:
+class _Failure(NamedTuple):
+    """What the other ranks are told of an error of rank 0, which need not survive a pickle."""
+
+    text: str
+
+
+def _read(rounds: Iterator[Round], world_size: int) -> tuple[list[bytearray], Exception | None]:
+    """Return a message for each rank: its part of the next round, None at the end, or what went wrong."""
     try:
-        return next(rounds, None), None
+        found = next(rounds, None)
+        parts = [None] * world_size if found is None else _parts(found)
+        return [_packed(part) for part in parts], None
     except Exception as error:  # noqa: BLE001 (the other ranks wait for a message)
-        return None, error
+        failure = _Failure(f"{type(error).__name__}: {error}"[:_LONGEST])
+        return [_packed(failure)] * world_size, error
 
 
 def _parts(found: Round) -> list[Any]:
@@ -66,9 +77,8 @@ class _Post:
         self._collectives, self.world_size = collectives, collectives.world_size
         self._capacity = _FIRST_CAPACITY
 
-    def deliver(self, parts: list[Any] | None) -> Any:
-        """Return this rank's part; `parts` are given on rank 0. Collective."""
-        messages = [_packed(part) for part in parts] if parts is not None else None
+    def deliver(self, messages: list[bytearray] | None) -> Any:
+        """Return what this rank is sent; `messages` are given on rank 0, packed. Collective."""
         needed = max(map(len, messages)) if messages is not None else 0
         found = self._scatter(messages, needed)
         length, capacity = found[:_HEADER].view(torch.int64).tolist()
@@ -104,7 +114,7 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return None
-        flat = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        flat = flat_bytes(x.cpu())
         at, self._at = self._at, self._at + _aligned(flat.numel())
         self.data.append(flat)
         return x.dtype, tuple(x.shape), at

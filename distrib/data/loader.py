@@ -65,6 +65,8 @@ class PreparedDataLoader:
         self._stream_ahead: Any = None
         self._restored = self._skipped = self._was_stepped = False
         self._left_out = 0  # micro-steps of the first window that the next loop does not yield
+        self._told = False  # that an epoch which was left begins anew
+        self._loop: object = None  # stands for the iterator that was begun last
         self.micro_step: MicroStep | None = None
         self.taken_up: MicroStep | None = None
         self.numbers = 0, 0
@@ -122,6 +124,7 @@ class PreparedDataLoader:
     def __iter__(self) -> Iterator[Any]:
         began = _Start(self._consumed, self._stream, self._left_out, self._restored, self._skipped)
         rounds = self._begin()
+        self._loop = loop = object()
         try:
             for found in rounds:
                 if self._settles_at is not None:
@@ -137,11 +140,13 @@ class PreparedDataLoader:
                 yield found.batches[0]
             self._go_to(self.epoch + 1, 0)
         except BaseException:
-            if self._trains() and not self._was_stepped:
+            # an iterator that outlived its loop says nothing about the one that runs now
+            if self._loop is loop and self._trains() and not self._was_stepped:
                 self._go_back(began)
             raise
         finally:
-            self._live.ended(self)
+            if self._loop is loop:
+                self._live.ended(self)
 
     def _go_back(self, began: _Start) -> None:
         """Stand where the next loop begins, after one that trained nothing: an evaluation begins its epoch anew.
@@ -155,6 +160,7 @@ class PreparedDataLoader:
 
     def _begin(self) -> Iterator[Round]:
         if not (self._restored or self._skipped):
+            self._tell_of_repetition()
             self._go_to(self.epoch, 0)
         left_out, self._left_out = self._left_out, 0
         self._restored = self._skipped = self._was_stepped = False
@@ -168,6 +174,17 @@ class PreparedDataLoader:
         if self._dispatches or rounds is None:
             rounds = dispatched(rounds, self._options.collectives)
         return placed(_opened(islice(rounds, left_out, None)) if left_out else rounds, self._options)
+
+    def _tell_of_repetition(self) -> None:
+        """Say once that a loop which trained and was left begins its epoch anew: plain torch would shuffle again."""
+        if not (self._was_stepped and self._consumed) or self._told or self._options.rank:
+            return
+        self._told = True
+        notice(
+            f"a training loop was left after {self._consumed} samples of epoch {self.epoch}, and the new one begins the "
+            "same epoch anew, with the same samples; to go on to others, call loader.set_epoch(loader.epoch + 1) "
+            "before it"
+        )
 
     @property
     def position(self) -> LoaderPosition:

@@ -21,6 +21,7 @@ import torch.utils.data._utils.worker as torch_worker
 import xxhash
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from distrib.collectives.packing import flat_bytes
 from distrib.collectives.trees import constants, tensors
 from distrib.data.indexed import as_is
 from distrib.data.keyed import Generators, seed_generators
@@ -398,7 +399,7 @@ def _digest(sample: Any) -> int:
     """Return a hash of a sample's tensors, arrays, numbers and texts; other objects cannot be compared."""
     digest = xxhash.xxh3_64()
     for x in tensors(sample):
-        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(flat_bytes(x.cpu()).numpy().tobytes())
     for value in constants(sample):
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             digest.update(value.tobytes())

@@ -188,7 +188,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 def _level_of_caller() -> int:
     """Return the stack level, for the function that calls this one, of the first frame outside this package."""
-    level, frame, package = 1, sys._getframe(1), str(Path(__file__).parents[1])
+    level, frame, package = 1, sys._getframe(1), f"{Path(__file__).parents[1]}/"
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
         level, frame = level + 1, frame.f_back
     return level

@@ -199,6 +199,8 @@ class DDP(Single):
                 static_graph=self._static,
                 **self._bucketing,
             )
+        if not self._static:  # so that a first loss is averaged that comes from a method of the model within
+            vars(wrapped)["require_forward_param_sync"] = _SPENT
         if self._hook != "none":
             self._compress(wrapped)
         if self._looks == "auto" and not self._static:
@@ -262,7 +264,8 @@ class DDP(Single):
         if first is not None and first.all_used:
             return "set ddp.find_unused_parameters: true: the first step used them all, so the run stopped looking"
         return (
-            "let forward return its tensors in lists, tuples or dicts, where unused parameters are looked for"
+            "call the prepared model, not the one inside, and let forward return its tensors in lists, tuples or dicts, "
+            "where unused parameters are looked for"
         )
 
     def _say_once(self, text: str) -> None:

@@ -35,11 +35,9 @@ from distrib.strategies.base import Capabilities, StepResult, Strategy
 from distrib.strategies.blocks import Forwards
 from distrib.strategies.context import dividing
 from distrib.strategies.fsdp_units import (
-    Units,
     find_units,
     is_never_called,
     refuse_unshardable,
-    tree,
     unshardable,
     without_shared,
 )
@@ -129,7 +127,6 @@ class FSDP(Strategy):
         self._tensor_peers = runtime.collectives.among(runtime.mesh.groups("tensor"))
         self._compared: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._names = WeakIdKeyDictionary()  # parameter as optimizers know it -> name
-        self._units: list[tuple[str, Units]] = []
         self._sequences: weakref.WeakKeyDictionary[nn.Module, SequenceParallel] = weakref.WeakKeyDictionary()
 
     def prepare(self, state: TrainState) -> TrainState:
@@ -356,10 +353,6 @@ class FSDP(Strategy):
             if not vars(root).get(_GATHERED):
                 fsdp_state.reshard(root)
 
-    def describe(self) -> str:
-        """Return how each prepared model is divided into units, as a tree."""
-        return "\n".join(f"{text}\n  ({units.reason})" for text, units in self._units)
-
     @property
     def _device(self) -> torch.device:
         return self.runtime.device
@@ -455,7 +448,6 @@ class FSDP(Strategy):
     def _shard_units(self, root: nn.Module, parts: Sequence[nn.Module]) -> None:
         units = find_units(root, self._wrap)
         refuse_unshardable(root, units)
-        self._units.append((tree(root, units), units))
         wide, blocks = self._in_float32(root), [root.get_submodule(name) for name in units.names]
         for part in parts:
             self._shard_part(part, wide, blocks)

@@ -106,26 +106,6 @@ def unshardable(what: str, why: str, fix: str) -> StrategyError:
     return StrategyError("D0838", f"{what} cannot be sharded: {why}", fix=fix)
 
 
-def tree(model: nn.Module, units: Units) -> str:
-    """Return the units as text: one line for each, with its class and its own parameters' elements."""
-    inner = {name: model.get_submodule(name) for name in units.names}
-    seen: set[int] = set()
-    lines = []
-    for name, module in reversed(
-        list(inner.items())
-    ):  # inner ones first: what they take is not the outer one's
-        lines.append(_line(name, module, seen))
-    return "\n".join([_line("", model, seen), *reversed(lines)])
-
-
-def _line(name: str, module: nn.Module, seen: set[int]) -> str:
-    own = {id(x): x.numel() for x in module.parameters() if id(x) not in seen}
-    seen.update(own)
-    return (
-        f"{'  ' if name else ''}{name or 'model'} ({type(module).__name__}): {sum(own.values()):,} elements"
-    )
-
-
 def _known(model: nn.Module, wanted: Sequence[str]) -> set[str]:
     classes = {type(module).__name__ for module in model.modules()}
     for name in wanted:

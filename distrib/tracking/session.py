@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import operator
 from collections.abc import Callable, Iterable, Mapping
@@ -66,6 +67,7 @@ class Session:
             StrategyError: on every rank, if one is misused or needs what is not installed.
         """
         self.finish()
+        atexit.register(self.finish)
         self._last_step = None
         error = None
         if self._collectives.rank == 0:
@@ -137,6 +139,7 @@ class Session:
 
     def finish(self) -> None:
         """Close all trackers; they may be started again."""
+        atexit.unregister(self.finish)
         running, self._running = self._running or {}, None
         for name, tracker in running.items():
             self._attempt(name, tracker.finish)

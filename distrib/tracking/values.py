@@ -85,10 +85,9 @@ def reduce_values(values: Mapping[str, Any], collectives: Collectives) -> dict[s
         CollectiveError: if the ranks do not log the same names in the same way.
     """
     declared = dict(_flat(values, ""))
-    if not declared:
-        return {}
     names = sorted(declared)
     rows = torch.tensor([_row(name, declared[name]) for name in names], dtype=torch.float64, device="cpu")
+    rows = rows.reshape(len(names), 2)  # also if there are none: other ranks may have some, and wait
     label = ", ".join(f"{type(declared[name]).__name__} {name}" for name in names)
     everyone = collectives.gather({label: rows[None]})[label].tolist()
     reduced = {

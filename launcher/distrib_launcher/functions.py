@@ -153,6 +153,13 @@ def _write_call(
 ) -> None:
     import cloudpickle  # noqa: PLC0415 (only who launches functions needs it)
 
+    if isinstance(args, str) or not isinstance(args, Sequence):
+        raise LaunchError(
+            "D0960",
+            f"args is {args!r}; expected a tuple of the function's arguments",
+            where=where,
+            fix="write (x,) for a single argument x",
+        )
     try:
         what = cloudpickle.dumps((fn, tuple(args), dict(kwargs)))
     except (TypeError, AttributeError, ValueError, RuntimeError, pickle.PicklingError) as error:

@@ -173,13 +173,16 @@ def _serve(channel: socket.socket) -> _Rank:
             store = 0
         if orders is None:
             os._exit(0)
+        ranks = [(orders, fds[2:] if orders["listening"] else fds)]
+        ranks += [_receive(channel) for _ in range(orders["others"])]  # all, before anything can fail
+        if any(order is None for order, _ in ranks):
+            os._exit(1)  # the launcher has gone, or could not tell us everything
         try:
             if orders["listening"]:
-                listening, life, *fds = fds
-                store = _serve_store(listening, life, [channel.fileno(), *fds])
-            ranks = [(orders, fds)] + [_receive(channel) for _ in range(orders["others"])]
-            if any(order is None for order, _ in ranks):
-                os._exit(1)  # the launcher has gone, or could not tell us everything
+                listening, life, *_ = fds
+                store = _serve_store(
+                    listening, life, [channel.fileno(), *(fd for _, own in ranks for fd in own)]
+                )
             rank, answer = _fork_ranks(ranks, [channel.fileno()])
         except OSError as error:
             rank, answer = None, {"pids": [], "errno": error.errno}
@@ -259,10 +262,14 @@ def _serve_store(listening: int, life: int, others: list[int]) -> int:
         life: A pipe whose other end the launcher holds.
         others: Descriptors that it has no business with.
     """
-    pid = os.fork()
+    pid = -1
+    try:
+        pid = os.fork()
+    finally:
+        if pid:  # not in the child: here they are needed no more, also if there is none
+            os.close(listening)
+            os.close(life)
     if pid:
-        os.close(listening)
-        os.close(life)
         return pid
     try:
         for fd in others:

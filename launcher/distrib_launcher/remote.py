@@ -44,7 +44,7 @@ class Client:
 
 
 @dataclass(frozen=True)
-class Ended:
+class ClientEnd:
     """How one client ended.
 
     Attributes:
@@ -123,7 +123,7 @@ class _Job:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._sources: list[Source] = []
         self._pump: Pump | None = None
-        self.ended: list[Ended] = []
+        self.ended: list[ClientEnd] = []
         self.interrupted = 0
         self._stop_by: float | None = None  # when to stop all, unless a better cause shows up before
         self._kill_by: float | None = None  # set once all have been asked to end
@@ -197,7 +197,7 @@ class _Job:
             del self._running[name]
             _close(process.stdin)
             status = code if code >= 0 else 128 - code
-            self.ended.append(Ended(name, status, time.monotonic(), self._kill_by is not None))
+            self.ended.append(ClientEnd(name, status, time.monotonic(), self._kill_by is not None))
             if status and self._kill_by is None:
                 # Who only lost another worker may be quicker than the one that it lost, which ends its own ranks first.
                 patience = self._grace_s if status == _LOST_PEER else 0.0
@@ -220,7 +220,7 @@ class _Job:
             _close(process.stdin)
             process.wait()
             del self._running[name]
-            self.ended.append(Ended(name, 128 + signal.SIGKILL, time.monotonic(), stopped=True))
+            self.ended.append(ClientEnd(name, 128 + signal.SIGKILL, time.monotonic(), stopped=True))
 
     def end_output(self) -> None:
         if self._pump is not None:
@@ -232,7 +232,7 @@ class _Job:
             self._pump.say(line, 2)
 
 
-def report(ended: Sequence[Ended], interrupted: int) -> tuple[str, int]:
+def report(ended: Sequence[ClientEnd], interrupted: int) -> tuple[str, int]:
     """Return what to say of the end, nothing if all went well, and the exit code.
 
     Args:
@@ -255,7 +255,7 @@ def report(ended: Sequence[Ended], interrupted: int) -> tuple[str, int]:
     return "\n".join([*lines, "  its own report is above", f"  exit code {cause.code}"]), cause.code
 
 
-def _blame(one: Ended) -> tuple[bool, bool, float]:
+def _blame(one: ClientEnd) -> tuple[bool, bool, float]:
     """Order failures: those of their own first, then the loss of a peer and what we asked for, each by its time."""
     followed = one.code == _LOST_PEER or (one.stopped and one.code in _ASKED_TO_END)
     return followed, one.stopped, one.at

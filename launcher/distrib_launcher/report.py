@@ -426,15 +426,23 @@ def _was_killed(outcome: Outcome) -> bool:
 
 
 def _not_there(root: Outcome, others: Sequence[Outcome]) -> list[str]:
-    """Name the ranks that the root cause waited for in vain."""
+    """Name the ranks that the root cause waited for in vain, or say that all waited for each other."""
     if not _follows(root):
         return []
-    gone = [each for each in others if not _status(each) and each.at <= root.at]
+    gone = [
+        each for each in others if not _status(each)
+    ]  # seen to end only after those that it left have failed
     if gone:
-        return [f"  hint: {_ranks(gone)} had ended before that: do all ranks make the same number of steps?"]
+        return [f"  hint: {_ranks(gone)} ended without them: do all ranks make the same number of steps?"]
+    if not _says(root.event, _LOST_PEER):
+        return []
     busy = [each for each in others if each.stopped and not _follows(each)]
-    if busy and _says(root.event, _LOST_PEER):
+    if busy:
         return [f"  hint: {_ranks(busy)} had not failed: do all ranks make the same calls, and in time?"]
+    if len({_stood(each) for each in (root, *others)}) > 1:
+        return [
+            "  hint: they waited at different places: is a call that all have to make under `if is_main_process`?"
+        ]
     return []
 
 

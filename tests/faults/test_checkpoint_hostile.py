@@ -306,6 +306,16 @@ def test_a_number_of_thousands_of_digits_is_refused(saved):
     assert refusal(saved).where == f"{saved}/manifest.json"
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+def test_a_number_that_is_none_is_refused_and_older_checkpoints_are_found(saved, number):
+    text = (saved / "manifest.json").read_text()
+    (saved / "manifest.json").write_text(text.replace('"step":3', f'"step":{number}'))
+    assert refusal(saved).where == f"{saved}/manifest.json"
+    older = checkpoint(saved.parent / "step-1")
+    saved.rename(saved.parent / "step-2")
+    assert latest(saved.parent) == older
+
+
 DOCUMENTS = {
     "deep lists": lambda: "[" * 10**6,
     "deep objects": lambda: '{"a":' * 10**5,

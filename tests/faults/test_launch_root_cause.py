@@ -94,7 +94,7 @@ def test_a_rank_that_ends_before_the_others_is_named(tmp_path: Path) -> None:
     done = launch("-n", 2, "--cpu", joined(tmp_path, then), cwd=tmp_path)
 
     assert done.code == 124
-    assert any("rank 1 had ended before" in line for line in done.report)
+    assert any("rank 1 ended without them" in line for line in done.report)
 
 
 @pytest.mark.timeout(60)

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from distrib import Accelerator
-from distrib.checkpoint import inspect
+from distrib.checkpoint import export_model, inspect
 from distrib.errors import CheckpointError
+from distrib.state import Box, ShardedState, Slice
 from distrib.testing import run_ranks
 from tests.faults.launching import ended, launching, pids, script
 from tests.faults.saving import Job
@@ -250,6 +252,33 @@ def needs(folder: Path, layers: int) -> tuple[int, int, int]:
     saving = peak_of(lambda: accelerator.save_state(folder / "c", durable=False))
     loading = peak_of(lambda: accelerator.load_state(folder / "c"))
     return 2 * layers * 4 * 2**20, saving, loading
+
+
+EXPORTED = 32 * 2**20  # bytes
+
+
+def exports_what_one_rank_holds(folder: Path, parts: int) -> int:
+    """Bytes that writing a tensor needed beside it; the last `parts` of four ranks hold it, rank 0 does not."""
+    accelerator = Accelerator(cpu=True)
+    place, rows = accelerator.process_index - (4 - parts), EXPORTED // 4 // 1024
+    state = ShardedState({})
+    if place >= 0:
+        mine = torch.full((rows // parts, 1024), float(accelerator.process_index))
+        box = Box((place * rows // parts, 0), (rows // parts, 1024))
+        piece = Slice("model/w", (rows, 1024), torch.float32, box, lambda: mine)
+        state = ShardedState({"model/w": (piece,)})
+    accelerator.wait_for_everyone()
+    return peak_of(lambda: export_model(folder, state, accelerator._runtime.collectives, durable=False))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_exporting_what_few_ranks_hold_needs_little_more_than_one_tensor(tmp_path, parts):
+    """A stage's tensors lie on the ranks of that stage: a gather would make room for as much from every other rank."""
+    main, *others = run_ranks(exports_what_one_rank_holds, 4, tmp_path, parts, timeout_s=60)
+    assert max(others) < 1.25 * EXPORTED
+    assert main < (1.25 if parts == 1 else 2.5) * EXPORTED  # the parts, and the whole that is made of them
+    written = load_file(tmp_path / "model.safetensors")["w"]
+    assert [x[0, 0].item() for x in written.chunk(parts)] == list(range(4 - parts, 4))
 
 
 @pytest.mark.parametrize("layers", [12, pytest.param(50, marks=pytest.mark.slow)])

@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from distrib import Accelerator
 from distrib.collectives import Collectives, connect_ranks
@@ -26,6 +25,7 @@ from distrib.devices import DEVICES
 from distrib.errors import CollectiveError, DataError, TopologyError
 from distrib.testing import RanksFailed, ranks, run_ranks
 from distrib.topology import detect_topology
+from tests.multiproc.counting import operations
 
 DTYPES = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
@@ -308,10 +308,11 @@ def test_broadcast_gives_the_sources_tree_to_all_and_changes_no_ones_own():
 @ranks(2)
 def test_results_share_no_memory_with_what_was_given():
     ours = connected()
-    mine = on(ours.rank, 3)
-    for found in (ours.gather(mine), ours.reduce(mine), ours.broadcast(mine)):
-        found.fill_(99)
-    assert_identical(mine, on(ours.rank, 3))
+    mine = on(ours.rank, ours.world_size, 3)
+    operations = (ours.gather, ours.reduce, ours.broadcast, ours.all_gather, ours.all_to_all)
+    for operation in operations:
+        operation(mine).fill_(99)
+        assert_identical(mine, on(ours.rank, ours.world_size, 3))
 
 
 @ranks(3)
@@ -363,13 +364,6 @@ def test_a_single_process_keeps_the_promise_too(monkeypatch: pytest.MonkeyPatch,
 
 
 # How often the ranks talk
-
-
-def operations(work: Callable[[], Any]) -> int:
-    """Return how many operations of the process group `work` makes on this rank."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        work()
-    return sum(event.count for event in seen.key_averages() if event.key.startswith("gloo:"))
 
 
 LARGE = 1000  # rows; more than what may ride in a header

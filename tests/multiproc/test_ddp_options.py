@@ -255,7 +255,7 @@ def hidden_output():
 def test_an_output_that_hides_its_tensors_is_told_so():
     for text in run_ranks(hidden_output, 2):
         assert "b.bias, b.weight" in text
-        assert "fix: let forward return its tensors in lists, tuples or dicts" in text
+        assert "let forward return its tensors in lists, tuples or dicts" in text
 
 
 class Checkpointed(TwoHeads):
@@ -368,6 +368,32 @@ def test_a_second_loss_of_a_micro_step_is_averaged_too(heads, ddp):
     expected = run_ranks(two_losses, 1, heads, 2)[0]
     for found in run_ranks(two_losses, 2, heads, **ddp):
         assert_equal(found, expected)
+
+
+def calls_a_method_of_the_inner_model(heads, accumulation=None, **ddp):
+    """The wrapper's own forward is never called."""
+    accelerator = started(accumulation=accumulation, **ddp)
+    model = TwoHeads()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    inner = accelerator.unwrap_model(model)
+    for step in range(4):
+        with accelerator.accumulate(model):
+            loss = inner.forward(inputs(accelerator.process_index, 4)[step], heads).square().mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    accelerator.check_in_sync()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("looks", ["auto", True, False])
+def test_the_first_loss_of_a_method_of_the_inner_model_is_averaged_too(looks, accumulation):
+    run_ranks(calls_a_method_of_the_inner_model, 2, "ab", accumulation, find_unused_parameters=looks)
+
+
+def test_an_unused_parameter_behind_a_method_of_the_inner_model_is_named():
+    with pytest.raises(RanksFailed, match=r"(?s)D0806.*b\.weight.*call the prepared model"):
+        run_ranks(calls_a_method_of_the_inner_model, 2, "a")
 
 
 def test_forwards_of_different_parameters_before_one_backward_are_refused():

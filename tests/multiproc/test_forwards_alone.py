@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 from collections import Counter
 
@@ -19,7 +18,10 @@ from distrib.strategies.blocks import Forwards
 from distrib.strategies.context import ContextParallel
 
 # torch 2.13 reads `.grad` of a block's input while it traces; outside of pytest its own filters hide this.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("plain_process"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
 X = torch.linspace(-1, 1, 32).view(4, 8)
 
 
@@ -54,13 +56,6 @@ class Net(nn.Module):
         for layer in self.layers:
             x = layer(x, scale=0.5)
         return self.head(x)
-
-
-@pytest.fixture(autouse=True)
-def plain_process(monkeypatch):
-    for name in [*os.environ]:
-        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") or name.startswith(("DISTRIB_", "SLURM_")):
-            monkeypatch.delenv(name)
 
 
 def net(dropout: float = 0.0, **options) -> Net:

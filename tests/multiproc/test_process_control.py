@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,24 +20,18 @@ import torch.distributed as dist
 from hypothesis import given, strategies as st
 from torch import nn
 from torch._C._distributed_c10d import HashStore
-from torch.profiler import ProfilerActivity, profile
 
 from distrib import Accelerator, RunConfig, get_logger
+from distrib.collectives import Collectives, connected_ranks, turns
 from distrib.collectives.split import split
 from distrib.collectives.turns import Turns
 from distrib.errors import CollectiveError, ConfigError, DataError, StrategyError
 from distrib.testing import RanksFailed, ranks, run_ranks
+from tests.multiproc.counting import operations
 
 
 def line_here() -> int:
     return sys._getframe(1).f_lineno
-
-
-def operations(work: Callable[[], Any]) -> int:
-    """Return how many operations of the process group `work` makes."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        work()
-    return sum(event.count for event in seen.key_averages() if event.key.startswith("gloo:"))
 
 
 def lines_of(path: Path) -> list[str]:
@@ -184,7 +179,63 @@ def test_a_collective_in_the_first_body_is_an_error_instead_of_a_hang():
         if accelerator.is_main_process:
             accelerator.wait_for_everyone()
     assert refused.value.code == ("D0406" if accelerator.is_main_process else "D0402")
-    assert f"barrier(wait_for_everyone) inside the block at {__file__}:{block}" in str(refused.value)
+    call = f"wait_for_everyone at {__file__}:{block + 2}"
+    assert f"{call} inside the block at {__file__}:{block}" in str(refused.value)
+
+
+def gather_in_the_first_body_of_a_mesh(folder: Path) -> tuple[str, str]:
+    accelerator = Accelerator(
+        RunConfig(
+            strategy="fsdp", device="cpu", mesh={"shard": 2, "tensor": 2}, watch={"stall_timeout_s": 20}
+        )
+    )
+    with pytest.raises(CollectiveError) as refused, accelerator.main_process_first():
+        if accelerator.is_main_process:
+            accelerator.gather(torch.ones(1))
+    return refused.value.code, str(refused.value)
+
+
+def test_a_collective_of_a_part_of_the_ranks_in_the_first_body_is_an_error_too(tmp_path: Path):
+    (main, text), *others = run_ranks(gather_in_the_first_body_of_a_mesh, 4, tmp_path, timeout_s=60)
+    assert main == "D0406"
+    assert f"gather inside the block at {__file__}:" in text
+    assert {code for code, _ in others} == {"D0402"}
+    assert all("D0406" in text for _, text in others)
+
+
+UNCHECKED: dict[str, Callable[[Collectives], Any]] = {
+    "all_reduce": lambda ours: ours.all_reduce_(torch.ones(1)),
+    "exchange": lambda ours: ours.exchange([1]),
+    "scatter": lambda ours: ours.scatter_(torch.empty(1), [torch.ones(1)] * 2),
+    "all_gather": lambda ours: ours.all_gather(torch.ones(1)),
+    "all_to_all": lambda ours: ours.all_to_all(torch.ones(2)),
+}
+
+
+@ranks(2)
+def test_what_is_not_compared_is_refused_in_the_first_body_as_well():
+    accelerator = Accelerator(cpu=True)
+    for name, call in UNCHECKED.items():
+        with accelerator.main_process_first():
+            if accelerator.is_main_process:
+                with pytest.raises(CollectiveError, match=rf"D0406.*{name} inside the block"):
+                    call(accelerator._runtime.collectives)
+
+
+@ranks(2)
+def test_another_thread_of_every_rank_may_talk_while_one_goes_first():
+    accelerator = Accelerator(cpu=True)
+    beside = accelerator._runtime.collectives.beside()
+    found: list[list[list[int]]] = []
+    thread = threading.Thread(target=lambda: found.append(beside.exchange([accelerator.process_index])))
+    if not accelerator.is_main_process:
+        thread.start()
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            thread.start()
+            thread.join()
+    thread.join()
+    assert found == [[[0], [1]]]
 
 
 def leave_right_after_the_block(folder: Path) -> None:
@@ -229,6 +280,43 @@ def test_a_long_wait_is_told_with_who_is_waited_for_and_since_when():
     assert "for rank 0 on " in told[-1]
     assert "(there since " in told[-1]
     assert ", at train.py:7) to go first" in told[-1]
+
+
+def test_what_all_have_seen_is_forgotten_here_and_in_the_store():
+    store = HashStore()
+    first, follower = Turns(store, 0), Turns(store, 1)
+    kept = []
+    for _ in range(5):
+        with first.go_first("main", "train.py:7", followers=1):
+            pass
+        follower.follow("main", "train.py:7", speaks=False)
+        kept.append((len(first._left), store.num_keys()))
+    assert kept == [kept[0]] * 5
+    first.close()
+
+
+def test_what_a_follower_has_not_seen_yet_is_kept_for_it():
+    store = HashStore()
+    first, follower = Turns(store, 0), Turns(store, 1)
+    for _ in range(3):
+        with first.go_first("main", "train.py:7", followers=1):
+            pass
+    for _ in range(3):
+        follower.follow("main", "train.py:7", speaks=False)
+    first.close()
+    assert first._left == {}
+
+
+def test_at_the_end_all_that_is_not_seen_is_waited_for_together(monkeypatch: pytest.MonkeyPatch):
+    clock = SimpleNamespace(now=0.0, time=time.time, monotonic=lambda: clock.now)
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    monkeypatch.setattr(turns, "time", clock)
+    first = Turns(HashStore(), 0)
+    for _ in range(3):
+        with first.go_first("main", "train.py:7", followers=1):
+            pass
+    first.close()
+    assert 30 <= clock.now < 31
 
 
 def test_ranks_that_do_not_speak_wait_in_silence():
@@ -444,6 +532,31 @@ def test_in_order_alone_is_enough_for_all_ranks_to_log(tmp_path: Path):
     logger_to(tmp_path / "log").info("rank %d", accelerator.process_index, in_order=True)
     accelerator.wait_for_everyone()
     assert lines_of(tmp_path / "log") == ["rank 0", "rank 1"]
+
+
+@ranks(2)
+def test_a_logger_leaves_the_end_of_the_group_to_the_accelerator(tmp_path: Path):
+    accelerator = Accelerator(cpu=True)
+    logger = logger_to(tmp_path / "log")
+    for _ in range(3):
+        logger.info("rank %d", accelerator.process_index, in_order=True)
+    accelerator.end_training()
+    assert not dist.is_initialized()
+
+
+@ranks(2)
+def test_a_logger_talks_over_the_group_that_there_is_and_makes_one_set_of_collectives_for_it(tmp_path: Path):
+    logger = logger_to(tmp_path / "log")
+    found = []
+    place = {name: int(os.environ[name.upper()]) for name in ("rank", "world_size")}
+    for turn in range(2):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store-{turn}", **place)
+        found.append(connected_ranks())
+        logger.info("rank %d", dist.get_rank(), in_order=True)
+        assert connected_ranks() is found[-1]
+        dist.destroy_process_group()
+    assert found[0] is not found[1]
+    assert sorted(lines_of(tmp_path / "log")) == ["rank 0"] * 2 + ["rank 1"] * 2
 
 
 @ranks(2)

@@ -115,6 +115,42 @@ def test_what_the_one_reader_could_not_read_is_told_on_every_rank():
             pass
 
 
+class TwoWordsError(Exception):
+    """One of the many that can be pickled and not be unpickled."""
+
+    def __init__(self, kind, number):
+        super().__init__(f"bad {kind} {number}")
+
+
+class BadRecord(Broken):
+    def __getitem__(self, i):
+        if i == 5:
+            raise TwoWordsError("record", i)
+        return torch.tensor(i)
+
+
+@ranks(2)
+def test_an_error_of_the_one_reader_that_cannot_travel_is_told_as_it_was():
+    accelerator = Accelerator(RunConfig(device="cpu", data={"dispatch": True}))
+    loader = accelerator.prepare(DataLoader(BadRecord(), batch_size=1))
+    kind = TwoWordsError if accelerator.is_main_process else DataError
+    with pytest.raises(kind, match="bad record 5"):
+        list(loader)
+
+
+def last_column(rows):
+    return torch.stack(rows)[:, -1]
+
+
+@ranks(2)
+def test_the_one_reader_sends_views_too():
+    accelerator = Accelerator(RunConfig(device="cpu", data={"dispatch": True}))
+    data = list(torch.arange(27).view(9, 3))
+    loader = accelerator.prepare(DataLoader(data, batch_size=2, collate_fn=last_column))
+    seen = [x for batch in loader for x in accelerator.gather_for_metrics(batch).tolist()]
+    assert seen == list(range(2, 27, 3))  # the last batch has one row
+
+
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "a", None])
 @ranks(1)
 def test_a_seed_is_a_whole_number_of_64_bits(seed):

@@ -16,7 +16,7 @@ from distrib import Accelerator, RunConfig
 from distrib.errors import CollectiveError, DataError, StrategyError
 from distrib.testing import ranks
 from distrib.tracking import Max, Mean, Min, Sum, Tracker
-from tests.multiproc.test_collectives import operations
+from tests.multiproc.counting import operations
 
 
 class Recorder(Tracker):
@@ -107,6 +107,13 @@ def test_ranks_that_log_other_names_or_reductions_are_an_error_on_all():
         accelerator.log({"loss" if last else "los": 1.0})
     with pytest.raises(CollectiveError, match="D0401"):
         accelerator.log({"loss": Sum(1.0) if last else 1.0})
+    with pytest.raises(CollectiveError, match="D0401"):
+        accelerator.log({"loss": 1.0} if last else {})
+
+
+@ranks(1, 2)
+def test_all_ranks_may_log_nothing():
+    assert started(Recorder()).log({}) == {}
 
 
 @pytest.mark.parametrize("value", ["high", None, [1.0, 2.0], torch.ones(2), np.ones(3), torch.tensor(1j)])

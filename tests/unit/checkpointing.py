@@ -6,7 +6,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 import torch
+from distrib_launcher.cli import run
 
 from distrib.checkpoint import Contents
 from distrib.checkpoint.plan import numel, pieces
@@ -35,6 +37,9 @@ class ThreadCollectives(SingleCollectives):
 
     def gather(self, tree):
         return torch.cat(self.gather_object(tree))
+
+    def broadcast(self, tree, source=0):
+        return self.gather_object(tree)[source].clone()
 
 
 def on_ranks(n, fn):
@@ -128,3 +133,10 @@ class NoExchange(Storage):
 
     def exchange(self, a, b):
         return False
+
+
+def called(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Run `distrib checkpoint` with some words; returns its exit code, and what it wrote to stdout and stderr."""
+    code = run(["checkpoint", *words], {})
+    out, err = capfd.readouterr()
+    return code, out, err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,20 +13,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from distrib import Accelerator, NotBuiltError, TrainingError, seeding
+from distrib import Accelerator, NotBuiltError, TrainingError
+
+pytestmark = pytest.mark.usefixtures("plain_process")
 
 N, MICRO, STEPS = 23, 2, 3
 GLOBAL = MICRO * STEPS
 PLACES = ["before accumulate", "first", "after step", "after accumulate", "after a real step"]
-
-
-@pytest.fixture(autouse=True)
-def plain_process(monkeypatch: pytest.MonkeyPatch):
-    """No launch around us, and no rank that another test left."""
-    for name in [*os.environ]:
-        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") or name.startswith(("DISTRIB_", "SLURM_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setattr(seeding, "_noise_rank", 0)
 
 
 def accelerator_of(**options: Any) -> Accelerator:

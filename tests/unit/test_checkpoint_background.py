@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import gc
 import subprocess
 import sys
-import textwrap
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -122,16 +122,49 @@ def test_an_error_that_the_handle_has_told_is_not_told_again(run, gate, tmp_path
     accelerator.end_training()
 
 
-def test_an_error_that_nobody_waited_for_is_logged_at_the_end(run, gate, tmp_path, caplog):
-    accelerator, _, _ = run
-    gate.error = OSError(5, "Input/output error")
-    accelerator.save_state(tmp_path / "c", blocking=False)
-    gate.opened.set()
-    with caplog.at_level(logging.ERROR):
-        accelerator._background.finish()
+def test_an_error_that_nobody_waited_for_is_logged_at_the_end(tmp_path):
+    ended = script(tmp_path, FAILS)
 
-    assert "was not saved" in caplog.text
-    assert "Input/output error" in caplog.text
+    assert ended.returncode == 0, ended.stderr
+    assert "c was not saved" in ended.stderr
+    assert "Input/output error" in ended.stderr
+
+
+@pytest.mark.parametrize("end", ["end_training", "free_memory"])
+def test_the_memory_of_the_copies_goes_with_the_end(run, tmp_path, end):
+    accelerator, _, _ = run
+    handle = accelerator.save_state(tmp_path / "c", blocking=False)
+    handle.wait()
+    memory = weakref.ref(accelerator._background.arena._memory)
+    assert memory().numel() > 0
+    getattr(accelerator, end)()
+    gc.collect()
+
+    assert memory() is None
+
+
+def test_memory_that_is_freed_during_a_save_stays_until_it_is_written(run, gate, tmp_path):
+    accelerator, model, _ = run
+    weight = model.weight.detach().clone()
+    handle = accelerator.save_state(tmp_path / "c", blocking=False)
+    accelerator.free_memory()
+    gate.opened.set()
+    handle.wait()
+
+    verify(tmp_path / "c")
+    assert torch.equal(stored(tmp_path / "c"), weight)
+
+
+def test_an_accelerator_that_nobody_uses_any_more_keeps_no_memory(tmp_path):
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+    accelerator.prepare(nn.Linear(4, 3))
+    handle = accelerator.save_state(tmp_path / "c", blocking=False)
+    handle.wait()
+    background, arena = weakref.ref(accelerator._background), weakref.ref(accelerator._background.arena)
+    del accelerator
+    gc.collect()
+
+    assert (background(), arena()) == (None, None)
 
 
 def test_the_older_checkpoint_is_there_until_the_new_one_is_complete(run, gate, tmp_path):
@@ -167,19 +200,54 @@ def test_a_wrong_place_is_refused_at_once(run, tmp_path):
         run[0].save_state(tmp_path / "c", blocking=False)
 
 
-def test_a_script_that_ends_at_once_has_its_checkpoint(tmp_path):
-    script = textwrap.dedent("""
-        import torch
-        from distrib import Accelerator
-        accelerator = Accelerator(cpu=True)
-        model = accelerator.prepare(torch.nn.Linear(512, 512))
-        accelerator.save_state("c", blocking=False)
-    """)
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60
+SAVES = """
+import gc, torch
+from distrib import Accelerator
+accelerator = Accelerator(cpu=True)
+model = accelerator.prepare(torch.nn.Linear(512, 512))
+accelerator.save_state("c", blocking=False)
+"""
+FAILS = (
+    """
+from distrib.checkpoint.storage import Storage
+
+def write(*_):
+    raise OSError(5, "Input/output error")
+
+Storage.write = write
+"""
+    + SAVES
+)
+# A pool is asked for only when the main thread has ended, as a store's client asks for one when it connects again.
+LATE = f"""
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from distrib.checkpoint.storage import Storage
+pool, write, ended = ThreadPoolExecutor(1), Storage.write, threading.Event()
+
+def late(*args):
+    assert ended.wait(30)
+    return pool.submit(write, *args).result()
+
+Storage.write = late
+{SAVES}
+threading._register_atexit(ended.set)
+"""
+
+
+def script(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, timeout=60
     )
 
-    assert done.returncode == 0, done.stderr
+
+@pytest.mark.parametrize(
+    "text", [SAVES, SAVES + "del accelerator\ngc.collect()", LATE], ids=["kept", "dropped", "late"]
+)
+def test_a_script_that_ends_at_once_has_its_checkpoint(tmp_path, text):
+    done = script(tmp_path, text)
+
+    assert (done.returncode, "was not saved" in done.stderr) == (0, False), done.stderr
     verify(tmp_path / "c")
 
 

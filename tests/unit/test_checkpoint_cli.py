@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from distrib_launcher.cli import run
 from distrib_launcher.commands.checkpoint import _progress
 from safetensors.torch import load_file
 
 from distrib.checkpoint import inspect, save
 from tests.arch.interpreter import HEAVY, asked
-from tests.unit.checkpointing import ALONE, contents
+from tests.unit.checkpointing import ALONE, called, contents
 
 WITHOUT_TORCH = """
 import json, sys
@@ -39,12 +38,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def saved(path: str, step: int = 1, tensors: dict[str, torch.Tensor] | None = None) -> Path:
     info = {"strategy": "Single", "config": {"seed": step}}
     return save(Path(path), contents(tensors or TENSORS, counters={"step": step}, info=info), ALONE)
-
-
-def called(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    code = run(["checkpoint", *words], {})
-    out, err = capfd.readouterr()
-    return code, out, err
 
 
 def shown(capfd: pytest.CaptureFixture[str], *words: str) -> str:

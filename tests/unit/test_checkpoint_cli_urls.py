@@ -10,7 +10,6 @@ import fsspec
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from distrib_launcher.cli import run
 from safetensors.torch import load_file
 
 from distrib.checkpoint import Location, inspect, locate, save
@@ -18,7 +17,7 @@ from distrib.checkpoint.fetch import fetched
 from distrib.checkpoint.inventory import inventory
 from distrib.checkpoint.store import Store
 from distrib.errors import CheckpointError
-from tests.unit.checkpointing import ALONE, contents
+from tests.unit.checkpointing import ALONE, called, contents
 
 TENSORS = {"model/w": torch.arange(6.0).reshape(2, 3), "optimizer/exp_avg.w": torch.zeros(2, 3)}
 
@@ -33,12 +32,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
 def saved(url: str, step: int = 1, tensors: dict[str, torch.Tensor] | None = None) -> Location:
     info = {"strategy": "Single", "config": {"seed": step}}
     return save(url, contents(tensors or TENSORS, counters={"step": step}, info=info), ALONE)
-
-
-def called(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    code = run(["checkpoint", *words], {})
-    out, err = capfd.readouterr()
-    return code, out, err
 
 
 def write(place: Location, name: str, data: bytes) -> None:

@@ -15,7 +15,7 @@ from distrib.checkpoint.storage import Storage
 from distrib.errors import CheckpointError
 from distrib.state import ShardedState
 from distrib.strategies.slices import module_slices
-from tests.unit.checkpointing import ALONE, interval, on_ranks, rows, sharded, state_of
+from tests.unit.checkpointing import ALONE, interval, on_ranks, rows, sharded, slice_of, state_of
 
 MODEL = {
     "model/a.weight": torch.randn(6, 5),
@@ -75,6 +75,24 @@ def test_a_replicated_model_is_written_without_communication(tmp_path):
         return export_model(tmp_path, state_of(MODEL), c)
 
     assert on_ranks(2, run) == [tmp_path] * 2
+    assert_same(everything(tmp_path), PLAIN)
+
+
+@pytest.mark.parametrize("little", [0, 2**20])
+def test_what_few_ranks_hold_is_sent_by_them(tmp_path, monkeypatch, little):
+    """The first tensor lies on rank 1, the second on ranks 0 and 2, the others on rank 2."""
+    monkeypatch.setattr("distrib.checkpoint.export._LITTLE", little)
+    places = dict.fromkeys(MODEL, (2,)) | dict(zip(MODEL, [(1,), (0, 2)], strict=False))
+
+    def run(c):
+        mine = {name: at.index(c.rank) for name, at in places.items() if c.rank in at}
+        slices = {
+            name: (slice_of(name, MODEL[name], interval(MODEL[name].shape, i, len(places[name]))),)
+            for name, i in mine.items()
+        }
+        return export_model(tmp_path, ShardedState(slices), c)
+
+    assert on_ranks(3, run) == [tmp_path] * 3
     assert_same(everything(tmp_path), PLAIN)
 
 

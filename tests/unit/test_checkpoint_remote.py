@@ -506,7 +506,7 @@ def test_a_link_in_place_of_the_folder_is_refused(service, tmp_path):
 @pytest.mark.parametrize("folder", ["..", "/etc", "a/b", ".hidden"])
 def test_a_manifest_whose_folder_leads_outside_is_refused(service, folder):
     save(TARGET, contents(sample()), ALONE)
-    service.objects["b/run/step-1/manifest.json"] = opening.layout.dump(
+    service.objects["b/run/step-1/manifest.json"] = opening.file_format.dump(
         replace(inspect(TARGET), folder=folder)
     )
     with pytest.raises(CheckpointError, match="D0707"):

@@ -193,6 +193,20 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(load: Any, text: str, ne
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("num_processes: 2", "ours is launch.nproc_per_node"),
+        ("fsdp_config: {fsdp_offload_params: true}", "ours is a section `fsdp:`"),
+        ("compute_environment: LOCAL_MACHINE", "leave it out"),
+    ],
+)
+def test_a_key_of_accelerates_file_is_refused_with_what_says_it_here(load: Any, text: str, said: str) -> None:
+    told = message_of(load, text)
+    assert told.startswith("error[D0105] run.yaml:1")
+    assert f"key of Accelerate's file; {said}" in told
+
+
+@pytest.mark.parametrize(
     ("variable", "near"), [("DISTRIB_SED", "DISTRIB_SEED"), ("DISTRIB_NNODES", "DISTRIB_LAUNCH__NNODES")]
 )
 def test_an_unknown_variable_is_refused_with_the_nearest_one(load: Any, variable: str, near: str) -> None:

@@ -71,6 +71,57 @@ def test_a_loop_that_was_left_begins_its_epoch_anew():
     assert batches(loader)[0] == first[0].tolist()
 
 
+def trained(accelerator, loader, parameter, optimizer, num_batches) -> None:
+    """Train on the first batches of an epoch, and leave it."""
+    for (x,), _ in zip(loader, range(num_batches), strict=False):
+        accelerator.backward((parameter * x).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def training(**options):
+    accelerator = Accelerator(cpu=True, seed=3, **options)
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    loader = DataLoader(TensorDataset(torch.arange(11.0)), batch_size=2, shuffle=True)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    return accelerator, model.weight, optimizer, loader
+
+
+def test_an_epoch_that_training_left_and_begins_anew_is_told_of_once(capsys):
+    accelerator, parameter, optimizer, loader = training()
+    for _ in range(3):
+        trained(accelerator, loader, parameter, optimizer, 2)
+    assert capsys.readouterr().err.count("same epoch anew") == 1
+
+
+@pytest.mark.parametrize("leave", ["whole epochs", "set_epoch", "no step"])
+def test_nothing_is_told_where_no_trained_sample_comes_again(leave, capsys):
+    accelerator, parameter, optimizer, loader = training()
+    for epoch in range(3):
+        if leave == "set_epoch":
+            loader.set_epoch(epoch)
+        if leave == "no step":
+            next(iter(loader))
+        else:
+            trained(accelerator, loader, parameter, optimizer, 99 if leave == "whole epochs" else 2)
+    assert "same epoch anew" not in capsys.readouterr().err
+
+
+def test_an_iterator_that_outlives_its_loop_does_not_disturb_the_one_that_runs():
+    accelerator, parameter, optimizer, loader = training(gradient_accumulation_steps=2)
+    looked_at = iter(loader)
+    next(looked_at)
+    for i, (x,) in enumerate(loader):
+        if i == 1:
+            looked_at.close()
+        with accelerator.accumulate():
+            accelerator.backward((parameter * x).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert optimizer.num_steps == 3
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("draws", [False, True])
 def test_a_stop_iteration_in_a_sample_is_an_error_and_not_the_end_of_the_epoch(draws: bool, workers: int):

@@ -7,7 +7,7 @@ from torch import nn
 
 from distrib.errors import StrategyError
 from distrib.strategies.fsdp_state import prefetch
-from distrib.strategies.fsdp_units import find_units, tree
+from distrib.strategies.fsdp_units import find_units
 
 
 class Block(nn.Module):
@@ -83,13 +83,6 @@ def test_a_block_that_is_used_twice_is_one_unit():
     shared = Block()
     model.layers = nn.ModuleList([shared, shared, Block()])
     assert names(model) == ("layers.0", "layers.2")
-
-
-def test_the_tree_counts_every_element_once():
-    model = Model()
-    lines = tree(model, find_units(model)).splitlines()
-    assert lines[0] == "model (Model): 80 elements"
-    assert lines[1:] == [f"  layers.{i} (Block): 40 elements" for i in range(3)]
 
 
 class Recorder:

@@ -91,7 +91,27 @@ def test_a_rank_that_lost_its_peer_first_is_not_the_root_cause() -> None:
 def test_a_peer_that_had_finished_is_pointed_out() -> None:
     lost = raised(0, 2.0, "DistBackendError", bases=["DistBackendError", "RuntimeError"])
 
-    assert any("rank 1 had ended before" in line for line in shown(lost, fine(1, at=1.0)))
+    assert any("rank 1 ended without them" in line for line in shown(lost, fine(1, at=1.0)))
+
+
+def test_a_peer_that_is_seen_to_finish_only_after_the_loss_is_pointed_out() -> None:
+    lost = raised(0, 2.0, "DistBackendError", bases=["DistBackendError", "RuntimeError"])
+
+    assert any("rank 1 ended without them" in line for line in shown(lost, fine(1, at=2.1)))
+
+
+def waited(rank: int, at: float, line: int) -> Outcome:
+    late = "RuntimeError: Timed out waiting 6000ms for recv operation to complete"
+    frames = [["/home/me/train.py", line, "main", "step()"]]
+    return raised(rank, at, "RuntimeError", lines=[late], frames=frames)
+
+
+def test_ranks_that_wait_for_each_other_at_different_places_are_told_what_to_look_for() -> None:
+    assert any("under `if is_main_process`" in line for line in shown(waited(0, 1.0, 7), waited(1, 1.1, 9)))
+
+
+def test_ranks_that_lose_each_other_at_one_place_get_no_such_hint() -> None:
+    assert not any("hint" in line for line in shown(waited(0, 1.0, 7), waited(1, 1.1, 7)))
 
 
 def test_the_same_error_on_all_ranks_is_shown_once() -> None:

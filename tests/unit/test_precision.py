@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distrib import Accelerator, seeding
+from distrib import Accelerator
 from distrib.devices import DEVICES
 from distrib.errors import StrategyError
 from distrib.precision import (
@@ -25,6 +24,8 @@ from distrib.precision import (
     remove_precision,
     resolve_precision,
 )
+
+pytestmark = pytest.mark.usefixtures("plain_process")
 
 CPU = torch.device("cpu")
 BF16 = PrecisionPolicy("bf16", compute=torch.bfloat16, output=torch.float32)
@@ -50,15 +51,6 @@ class Net(nn.Module):
         self.product = logits.dtype
         self.calls += 1
         return Output(logits, {"ids": logits.argmax(1), "half": x.half(), "word": "kept", "list": [logits]})
-
-
-@pytest.fixture(autouse=True)
-def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No launch around us, and no rank that another test left."""
-    for name in [*os.environ]:
-        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") or name.startswith(("DISTRIB_", "SLURM_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setattr(seeding, "_noise_rank", 0)
 
 
 @pytest.fixture

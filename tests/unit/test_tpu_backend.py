@@ -10,7 +10,7 @@ import yaml
 from distrib_launcher.backends import Request
 from distrib_launcher.backends.tpu import clients, launch_words, machines_of, manifest
 from distrib_launcher.cli import run
-from distrib_launcher.remote import Ended, report, tied
+from distrib_launcher.remote import ClientEnd, report, tied
 
 from distrib import RunConfig
 from distrib.errors import LaunchError
@@ -250,8 +250,8 @@ def test_a_form_is_one_of_the_backend_and_only_shown(
     assert f"error[{code}]" in capfd.readouterr().err
 
 
-def end(name: str, code: int, at: float, *, stopped: bool = False) -> Ended:
-    return Ended(name, code, at, stopped)
+def end(name: str, code: int, at: float, *, stopped: bool = False) -> ClientEnd:
+    return ClientEnd(name, code, at, stopped)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def end(name: str, code: int, at: float, *, stopped: bool = False) -> Ended:
     ],
 )
 def test_the_worker_to_blame_is_the_one_that_failed_of_itself(
-    ended: list[Ended], name: str, code: int
+    ended: list[ClientEnd], name: str, code: int
 ) -> None:
     text, found = report(ended, 0)
 
