@@ -155,7 +155,7 @@ def _write_call(
 
     if isinstance(args, str) or not isinstance(args, Sequence):
         raise LaunchError(
-            "D0960",
+            "D0324",
             f"args is {args!r}; expected a tuple of the function's arguments",
             where=where,
             fix="write (x,) for a single argument x",

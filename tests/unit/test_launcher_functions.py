@@ -96,7 +96,7 @@ def test_what_cannot_travel_is_refused_before_anything_starts(
 def test_a_single_argument_that_is_in_no_tuple_is_refused_and_shown(args: Any) -> None:
     error = refused(lambda: notebook_launcher(print, args))
 
-    assert (error.code, repr(args) in error.problem, "(x,)" in error.fix) == ("D0960", True, True)
+    assert (error.code, repr(args) in error.problem, "(x,)" in error.fix) == ("D0324", True, True)
 
 
 def test_a_number_of_ranks_that_contradicts_the_configuration_is_refused_with_both_places() -> None:
