@@ -153,6 +153,7 @@ class Accelerator:
         )
         self._background = Background(self._runtime.collectives)
         self._planner = Planner()
+        self._told_of_unprepared = False
         self._save_hooks, self._load_hooks = Hooks(), Hooks()
         atexit.register(self._runtime.collectives.close)
         if self.is_main_process:
@@ -440,8 +441,19 @@ class Accelerator:
         """
         if kwargs:
             raise NotBuiltError(f"backward({', '.join(kwargs)}=...)")
+        if not self._run.models:
+            self._tell_of_unprepared()
         factor = self._accumulation.enter(loss, count)
         self._strategy.backward(loss if factor == 1 else loss * factor)
+
+    def _tell_of_unprepared(self) -> None:
+        """Say once that ranks train apart: nobody has been told which gradients are to be averaged."""
+        if not self._told_of_unprepared and self.num_processes > 1 and self.is_main_process:
+            notice(
+                f"warning: backward on {self.num_processes} ranks, but no model has been prepared, so that each rank trains "
+                "one of its own; give model and optimizer to prepare"
+            )
+        self._told_of_unprepared = True
 
     def pipeline_step(
         self,

@@ -78,7 +78,7 @@ def naming_dead_workers(iterator: Any) -> Iterator[None]:
         dead = [(x.pid, x.exitcode) for x in workers if (x.exitcode or 0) < 0]
         if not dead:
             raise
-        told = ", ".join(f"{pid} by {_name(code)}" for pid, code in dead)
+        told = ", ".join(f"{pid} ({_name(code)})" for pid, code in dead)
         raise DataError(
             "D0519",
             f"the data worker with process id {told} was ended from outside, and its batches are lost",

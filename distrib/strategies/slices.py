@@ -279,12 +279,20 @@ def _check_objects(optimizer: Optimizer, names: Names, objects: Mapping[str, Any
             fix="build the optimizer with the groups of the saved run",
         )
     for index, (group, old) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        if _names_of(group, names, index) != list(old["params"]):
+        here, there = _names_of(group, names, index), list(old["params"])
+        if here != there:
             raise CheckpointError(
                 "D0791",
-                f"{key}: parameter group {index} holds other parameters than in the checkpoint",
+                f"{key}: parameter group {index} holds other parameters than in the checkpoint: {_apart(here, there)}",
                 fix="build the optimizer with the groups of the saved run",
             )
+
+
+def _apart(here: Sequence[str], there: Sequence[str]) -> str:
+    """Say in what two different lists of parameters differ."""
+    new, gone = ([x for x in one if x not in other] for one, other in ((here, there), (there, here)))
+    parts = [f"{listed(found)} only {where}" for found, where in ((new, "here"), (gone, "there")) if found]
+    return " and ".join(parts) or "the same ones in another order"
 
 
 def _restore_objects(optimizer: Optimizer, names: Names, objects: Mapping[str, Any], key: str) -> None:

@@ -453,7 +453,10 @@ def _hints(root: Outcome, oom_kills: OomKills) -> list[str]:
         return [f"  likely cause: {oom_kills.explain_sigkill()}"]
     if number in _CAUSES:
         return [f"  likely cause: {_CAUSES[number]}"]
-    text = "\n".join([str(root.event.get("type", "")), *root.event.get("lines", ())])
+    said = (
+        line for line in root.event.get("lines", ()) if not line.startswith("  fix: ")
+    )  # has its own advice
+    text = "\n".join([str(root.event.get("type", "")), *said])
     limits = [f"  likely cause: {limit}" for limit in limits_behind(text)]
     advice = advice_on(text) if root.event.get("kind") == "exception" and not limits else ""
     return limits or ([f"  try: {advice}"] if advice else [])

@@ -38,7 +38,7 @@ def test_a_killed_data_worker_ends_the_job_with_its_process_id(tmp_path: Path, n
     assert done.seconds < 20
     told = "\n".join(done.report)
     assert (
-        f"process id {killed} by SIGKILL" in told or f"(pid {killed}) is killed by signal: Killed" in told
+        f"process id {killed} (SIGKILL)" in told or f"(pid {killed}) is killed by signal: Killed" in told
     ), done.err
 
 

@@ -111,6 +111,7 @@ def test_a_collective_that_a_rank_does_not_join_in_time_ends_the_launch_with_124
     assert done.report[-1] == "exit code 124"
     assert done.report[0].startswith("distrib: rank 0 ")
     assert any("rank 1 had not failed" in line for line in done.report)
+    assert any("fix: let every rank make this call" in line for line in done.report)
 
 
 @pytest.mark.timeout(60)

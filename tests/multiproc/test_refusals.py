@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 
 from distrib import Accelerator, RunConfig, set_seed
 from distrib.errors import CheckpointError, ConfigError, DataError, StrategyError, TrainingError
-from distrib.testing import ranks
+from distrib.testing import ranks, run_ranks
 
 
 def prepared(optimizer=torch.optim.SGD, samples=8, groups=1, **schedule):
@@ -191,3 +191,25 @@ def test_a_loss_after_the_clip_of_a_window_of_sums_is_refused():
     accelerator.clip_grad_norm_(model.parameters(), 1.0)
     with pytest.raises(TrainingError, match="D0605"):
         accelerator.backward(model(torch.ones(4, 1)).sum(), count=4)
+
+
+def losses_of_a_plain_model(is_prepared):
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        accelerator = Accelerator(cpu=True)
+        patch.setattr("distrib.accelerator.notice", said.append)
+        model = nn.Linear(1, 1)
+        if is_prepared:
+            model = accelerator.prepare(model)
+        for _ in range(2):
+            accelerator.backward(model(torch.ones(1, 1)).mean())
+    return said
+
+
+def test_a_model_that_each_rank_trains_for_itself_is_told_of_once():
+    first, second = run_ranks(losses_of_a_plain_model, 2, False)
+    assert len(first) == 1
+    assert "backward on 2 ranks, but no model has been prepared" in first[0]
+    assert not second
+    assert run_ranks(losses_of_a_plain_model, 1, False) == [[]]
+    assert run_ranks(losses_of_a_plain_model, 2, True) == [[], []]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from distrib_launcher import report
 from distrib_launcher.process import Ended
 from distrib_launcher.redaction import Redactor
 from distrib_launcher.report import (
@@ -100,6 +101,15 @@ def test_a_peer_that_is_seen_to_finish_only_after_the_loss_is_pointed_out() -> N
     assert any("rank 1 ended without them" in line for line in shown(lost, fine(1, at=2.1)))
 
 
+def test_an_error_s_own_fix_calls_for_no_further_advice() -> None:
+    lines = [
+        "DataError: error[D0519] a data worker was ended",
+        "  fix: the machine had run out of memory: use fewer",
+    ]
+
+    assert not any("  try: " in line for line in shown(raised(0, 1.0, "DataError", lines=lines)))
+
+
 def waited(rank: int, at: float, line: int) -> Outcome:
     late = "RuntimeError: Timed out waiting 6000ms for recv operation to complete"
     frames = [["/home/me/train.py", line, "main", "step()"]]
@@ -155,7 +165,7 @@ def test_the_exit_code_is_the_root_cause_s(outcomes: list[Outcome], interrupted:
     assert exit_code(Ended(tuple(outcomes), interrupted)) == code
 
 
-TEXT = st.text(max_size=400)
+TEXT = st.text(max_size=400).filter(lambda x: not any(sign in x.lower() for sign in report._LOST_PEER))
 FRAME = st.tuples(st.sampled_from(["/me/a.py", "/v/site-packages/b.py"]), st.integers(1, 99), TEXT, TEXT).map(
     list
 )
