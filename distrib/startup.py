@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from distrib.config import RunConfig, from_wire, load_config, with_code
 from distrib.config.schema import default_of, sections, show, value_at
 from distrib.devices import choose_device
 from distrib.errors import ConfigError, StrategyError
+from distrib.frames import call_site as call_site  # noqa: PLC0414 (for the accelerator)
 from distrib.precision import resolve_precision
 from distrib.state import Runtime
 from distrib.strategies import Capabilities, Strategy, choose_strategy
@@ -219,15 +219,6 @@ def _options_of(name: str, config: RunConfig) -> dict[str, object]:
         "pipeline": config.pipeline.model_dump(),
         "explicit": config.set_values(),
     }
-
-
-def call_site() -> str:
-    """Return "file:line" of the innermost frame outside this package."""
-    frame = sys._getframe(1)
-    package = f"{Path(__file__).parent}/"  # not what merely begins like it
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def _where(config: RunConfig, key: str) -> str:

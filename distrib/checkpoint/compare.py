@@ -14,7 +14,7 @@ from distrib.checkpoint.hooks import added_files
 from distrib.checkpoint.plan import numel
 from distrib.checkpoint.progress import Progress, no_progress
 from distrib.checkpoint.reader import Reader
-from distrib.checkpoint.tensorfile import as_bytes
+from distrib.collectives.packing import flat_bytes
 
 _PIECE = 2**20  # elements compared at a time: their float64 copies stay small
 _ABSENT = object()
@@ -73,7 +73,7 @@ def values_problem(a: torch.Tensor, b: torch.Tensor) -> str | None:
     """Say how two tensors of one shape and dtype differ; None if they do not. NaN equals NaN."""
     count, most = 0, 0.0
     for x, y in zip(torch.split(a.reshape(-1), _PIECE), torch.split(b.reshape(-1), _PIECE), strict=True):
-        if torch.equal(as_bytes(x), as_bytes(y)):
+        if torch.equal(flat_bytes(x), flat_bytes(y)):
             continue
         wide = torch.complex128 if x.is_complex() else torch.float64
         p, q = x.to(wide), y.to(wide)

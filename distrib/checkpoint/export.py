@@ -24,9 +24,10 @@ from distrib.checkpoint.agreement import collect, on_main, together
 from distrib.checkpoint.format import DTYPES, ITEMSIZE, code_of
 from distrib.checkpoint.plan import Held, Shape, Share, Where, canonical, holders_of, numel, pieces, size_of
 from distrib.checkpoint.storage import Storage, entries
-from distrib.checkpoint.tensorfile import Entry, as_bytes, in_file_order, write_bytes, write_tensors
+from distrib.checkpoint.tensorfile import Entry, in_file_order, write_bytes, write_tensors
 from distrib.checkpoint.transfer import sub_tensor
 from distrib.collectives.base import Collectives
+from distrib.collectives.packing import flat_bytes
 from distrib.errors import CheckpointError
 from distrib.state import ShardedState, Slice
 
@@ -195,7 +196,7 @@ def _gather(tensor: _Tensor, mine: _Mine, collectives: Collectives) -> torch.Ten
         mine[held.name, held.where].get().detach() for rank, held in tensor.parts if rank == collectives.rank
     ]
     if any(rank for rank, _ in tensor.parts):
-        sent = [as_bytes(x.contiguous()) for x in own]
+        sent = [flat_bytes(x) for x in own]
         device = next((s.get().device for s in mine.values()), torch.device("cpu"))
         move = _together if _is_even(tensor, collectives.world_size) else _one_by_one
         own = [x.view(DTYPES[tensor.stored]) for x in move(tensor, sent, device, collectives)]

@@ -37,6 +37,21 @@ class Best(NamedTuple):
         candidates.sort(key=lambda pair: pair[0], reverse=self.mode == "max")
         return [path for _, path in candidates[: self.number]]
 
+    @classmethod
+    def of_run(cls, path: Location) -> Best | None:
+        """Return what the run that saved this checkpoint is set to keep; None if it keeps no best ones."""
+        stored = decode(inspect(path).info, str(path)).get("config")
+        config = stored if isinstance(stored, dict) else {}
+        number, metric = config.get("checkpoint.keep_best"), config.get("checkpoint.best_metric")
+        if not (isinstance(number, int) and isinstance(metric, str)):
+            return None
+        return cls(metric, "max" if config.get("checkpoint.best_mode") == "max" else "min", number)
+
+
+def complete(directory: str | Path | Url, prefix: str = "step-") -> list[tuple[int, Location]]:
+    """Return (number, path) of the complete checkpoints of `directory` that are named `<prefix><number>`, oldest first."""
+    return [(number, path) for number, path in numbered(directory, prefix) if incompleteness(path) is None]
+
 
 def retain(
     directory: str | Path | Url,
@@ -71,13 +86,11 @@ def retain(
     _check_at_least_1("keep_last", keep_last)
     if keep_every is not None:
         _check_at_least_1("keep_every", keep_every)
-    complete = [
-        (number, path) for number, path in numbered(directory, prefix) if incompleteness(path) is None
-    ]
-    kept = {path for _, path in complete[-keep_last:]}
-    kept |= {path for number, path in complete if keep_every is not None and number % keep_every == 0}
-    kept |= set(best.of([path for _, path in complete])) if best is not None else set()
-    old = [path for _, path in complete if path not in kept]
+    found = complete(directory, prefix)
+    kept = {path for _, path in found[-keep_last:]}
+    kept |= {path for number, path in found if keep_every is not None and number % keep_every == 0}
+    kept |= set(best.of([path for _, path in found])) if best is not None else set()
+    old = [path for _, path in found if path not in kept]
     return old if dry_run else [path for path in old if _remove(path, storage or Storage())]
 
 

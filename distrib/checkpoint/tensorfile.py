@@ -17,6 +17,7 @@ from distrib.checkpoint.format import ITEMSIZE, FileRecord, checksum
 from distrib.checkpoint.plan import Shape, numel
 from distrib.checkpoint.storage import Storage, writing
 from distrib.checkpoint.store import Write
+from distrib.collectives.packing import flat_bytes
 from distrib.errors import CheckpointError
 
 _CHUNK = 2**20  # bytes hashed and written together, so that the second finds them in the cache
@@ -146,15 +147,9 @@ def _write(write: Write, entry: Entry) -> str:
     return hasher.hexdigest()
 
 
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous tensor's memory as a flat uint8 tensor."""
-    # One element counts as contiguous whatever its stride is, but a view of another dtype wants a stride of 1.
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-
-
 def chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
     """Yield a tensor's bytes, row-major, as views of host memory."""
-    flat = as_bytes(tensor.detach().resolve_conj().resolve_neg().contiguous())
+    flat = flat_bytes(tensor)
     for begin in range(0, flat.numel(), _BLOCK):
         host = flat[begin : begin + _BLOCK].cpu().numpy().data
         for start in range(0, len(host), _CHUNK):

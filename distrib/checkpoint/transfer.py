@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 
 from distrib.checkpoint.plan import Shape, numel, strides
-from distrib.checkpoint.tensorfile import as_bytes
 from distrib.state import Box
 
 _STAGING = 16 * 2**20  # bytes read at a time for a tensor that cannot be read into directly
@@ -83,4 +82,6 @@ def _halves(box: Box, target: torch.Tensor) -> Iterator[tuple[Box, torch.Tensor]
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
-    return as_bytes(tensor).numpy().data
+    """Return a contiguous tensor's own memory, never a copy: it is read into."""
+    # One element counts as contiguous whatever its stride is, but a view of another dtype wants a stride of 1.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

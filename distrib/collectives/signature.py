@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from distrib import frames
 from distrib.collectives.trees import described, structure
 
-_NOT_THE_SCRIPT = (f"{Path(__file__).parents[1]}/", contextlib.__file__, logging.__file__)
 _MOST_RANKS = 8  # that a message lists
 _LONGEST = 300  # characters of a structure that a message shows whole
 
@@ -91,7 +89,4 @@ def _in_words(call: Call, other: Call) -> str:
 
 def call_site() -> str:
     """Return "file:line" of the innermost frame outside this package, and not of a context manager or logger."""
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_SCRIPT):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return frames.call_site(contextlib.__file__, logging.__file__)

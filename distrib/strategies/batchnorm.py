@@ -6,10 +6,8 @@ checkpoints need not know.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distrib.errors import StrategyError
+from distrib.frames import outside_frame
 from distrib.state import Runtime
 from distrib.strategies.slices import listed
 
@@ -154,7 +153,7 @@ def warn_of_each_rank(names: Sequence[str]) -> None:
     warnings.warn(
         f"BatchNorm sees only the rank's own micro-batch ({listed(names)}), so the run depends on the number of ranks; "
         "sync_batchnorm: true takes its statistics over all ranks",
-        stacklevel=_level_of_caller(),
+        stacklevel=outside_frame()[1],
     )
 
 
@@ -184,11 +183,3 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(_: Any, *gradients: Tensor) -> Tensor:
         return _sum_over_ranks(gradients[0])
-
-
-def _level_of_caller() -> int:
-    """Return the stack level, for the function that calls this one, of the first frame outside this package."""
-    level, frame, package = 1, sys._getframe(1), f"{Path(__file__).parents[1]}/"
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
-        level, frame = level + 1, frame.f_back
-    return level

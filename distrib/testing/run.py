@@ -57,8 +57,10 @@ def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout_s: float = 60,
     with contextlib.ExitStack() as stack:
         port = stack.enter_context(_reserved_port())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ranks-")))
-        running = [_start(rank, n, port, folder, address_of(fn), args, kwargs) for rank in range(n)]
-        stack.callback(_kill, running)
+        running: list[_Rank] = []
+        stack.callback(_kill, running)  # first: a start may fail when others are there already
+        for rank in range(n):
+            running.append(_start(rank, n, port, folder, address_of(fn), args, kwargs))  # noqa: PERF401 (as above)
         _collect(running, time.monotonic() + timeout_s, timeout_s)
     return [rank.outcome[1] for rank in running if rank.outcome is not None]
 

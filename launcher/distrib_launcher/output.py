@@ -188,7 +188,8 @@ class Display:
 
     Attributes:
         shown: The ranks whose lines are shown; None: all.
-        log: Rank -> the file that keeps its lines; None: nothing is kept.
+        log: Rank -> the file that keeps its lines, in a folder that is there then (OSError if there can be none);
+            None: nothing is kept.
         color: Whether the prefix of a line has its rank's color, where that goes to a terminal.
     """
 
@@ -201,22 +202,34 @@ class Display:
         return num_workers > 1 or self.log is not None or self.shown is not None
 
     def sources(self, workers: Sequence[tuple[int, Sequence[int]]]) -> list[Source]:
-        """Return the streams to copy.
+        """Return the streams to copy. Logs that cannot be opened are missed, which is said once; the job goes on.
 
         Args:
             workers: Of each its rank, and where to read its stdout and stderr.
-
-        Raises:
-            OSError: if a log cannot be opened.
         """
         found = []
+        logs = self._open_logs([rank for rank, _ in workers])
         for number, (rank, streams) in enumerate(workers):
-            log = _open_log(self.log(rank)) if self.log else -1
+            log = logs.get(rank, -1)
             shown = self.shown is None or rank in self.shown
             for target, fd in zip((1, 2), streams, strict=True):
                 prefix = self._prefix(rank, target) if len(workers) > 1 else b""
                 found.append(Source(fd, target, prefix, number == 0, log, shown))
         return found
+
+    def _open_logs(self, ranks: Sequence[int]) -> dict[int, int]:
+        """Return the descriptor of each rank's log, of those that can be opened."""
+        logs, refusal = dict[int, int](), ""
+        if self.log is None:
+            return logs
+        for rank in ranks:
+            try:
+                logs[rank] = _open_log(self.log(rank))
+            except OSError as error:  # a full disk, or somebody has removed the folder
+                refusal = str(error.strerror)
+        if refusal:
+            say(_incomplete(refusal))
+        return logs
 
     def _prefix(self, rank: int, target: int) -> bytes:
         if self.color and os.isatty(target):
@@ -227,6 +240,10 @@ class Display:
 def wants_color(env: Mapping[str, str]) -> bool:
     """Whether a terminal is to show colors (https://no-color.org)."""
     return not env.get("NO_COLOR") and env.get("TERM", "dumb") != "dumb"
+
+
+def _incomplete(why: str) -> str:
+    return f"distrib: warning: the logs are not complete: {why}"
 
 
 def _open_log(path: Path) -> int:
@@ -306,9 +323,7 @@ class Pump(threading.Thread):
         refusal = write_all(log, lines)
         if refusal and not self.log_lost:
             self.log_lost = str(refusal.strerror)
-            self._messages.append(
-                (2, f"distrib: warning: the logs are not complete: {refusal.strerror}".encode())
-            )
+            self._messages.append((2, _incomplete(self.log_lost).encode()))
 
     def _own_lines(self) -> list[tuple[int, bytes]]:
         shown = []

@@ -114,8 +114,17 @@ class RunFolder:
         (self.path / f"attempt-{attempt}").mkdir(exist_ok=True)
 
     def log_path(self, attempt: int, rank: int) -> Path:
-        """Return where a rank's log is, or is to be written. Pure: `start_attempt` makes the folder."""
+        """Return where a rank's log is. Pure."""
         return self.path / f"attempt-{attempt}" / f"rank-{rank}.log"
+
+    def new_log(self, attempt: int, rank: int) -> Path:
+        """Return where a rank's log is to be written, in its attempt's folder, which is made if it is missing.
+
+        Raises:
+            OSError: as `start_attempt`.
+        """
+        self.start_attempt(attempt)
+        return self.log_path(attempt, rank)
 
     def attempts(self) -> list[int]:
         """Return the attempts that were started, in order."""

@@ -18,6 +18,7 @@ from tests.faults.launching import LIMIT_S, Launched, command, environment, laun
 from tests.faults.leaving import ended_by, nothing_left, until
 from tests.faults.test_launch_program import LOOK, package, plain
 from tests.faults.test_launch_terminal import at_terminal
+from tests.unit.test_launcher_workers import REFUSES_FORKS
 
 METHODS = pytest.mark.parametrize("method", ["spawn", "fork"])
 
@@ -415,6 +416,23 @@ def test_a_module_that_cannot_be_preloaded_is_refused_before_anything_starts(
     assert done.code == 2
     assert "error[D0312] launch.preload: mine cannot be imported: " in done.err
     assert why in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_refused_fork_in_the_preloader_is_an_error_with_its_hint(tmp_path: Path) -> None:
+    script(tmp_path, REFUSES_FORKS, "mine.py")
+    program = script(tmp_path, "open('ran', 'w')")
+    with nothing_left():
+        done = launch(
+            *("-n", 2, "--cpu", "--preload", "mine", program),
+            cwd=tmp_path,
+            PYTHONPATH=f"{environment()['PYTHONPATH']}{os.pathsep}{tmp_path}",
+        )
+
+    assert done.code == 2
+    assert "error[D0313]" in done.err
+    assert "fix: start fewer processes" in done.err
     assert "Traceback" not in done.err
     assert not (tmp_path / "ran").exists()
 

@@ -225,3 +225,28 @@ def test_nothing_is_left_of_a_restarted_job_whose_launcher_is_killed(tmp_path: P
     with nothing_left(), launching(*words, cwd=tmp_path) as process:
         until(tmp_path / "again", process)
         assert ended_by(process, signal.SIGKILL).code == -signal.SIGKILL
+
+
+LOSES_ITS_LOGS = """
+    import os, pathlib, shutil, sys
+    run = pathlib.Path("logs")
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        shutil.rmtree(run)
+        raise RuntimeError("injected failure")
+    print("trained")
+"""
+
+
+@METHODS
+def test_a_restart_goes_on_without_logs_if_their_folder_has_gone(tmp_path: Path, method: str) -> None:
+    program = script(tmp_path, LOSES_ITS_LOGS)
+    with nothing_left():
+        done = launch(
+            *("-n", 1, "--cpu", "--start-method", method, "--max-restarts", 1, "--log-dir", "logs", program),
+            cwd=tmp_path,
+        )
+
+    assert done.code == 0, done.err
+    assert done.out == "trained\n"
+    assert done.err.count("warning: the logs are not complete: No such file or directory") == 1
+    assert "rank-0.log" not in done.err

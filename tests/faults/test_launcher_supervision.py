@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -84,10 +83,8 @@ def test_a_signal_while_the_last_output_is_shown_prevents_a_restart() -> None:
 
 
 def test_an_error_in_a_run_leaves_no_rank() -> None:
-    with Supervisor(grace_s=1, embedded=True) as supervisor, pytest.raises(OSError):
-        supervisor.run(
-            [spec(0, "sleep", "60"), spec(1, "sleep", "60")], Display(log=lambda _: Path("/none/x"))
-        )
+    with Supervisor(grace_s=1, embedded=True) as supervisor, pytest.raises(KeyError):
+        supervisor.run([spec(0, "sleep", "60"), spec(1, "sleep", "60")], Display(log={}.__getitem__))
 
     left = guard.members({}, supervisor.marker)
     for process in left:

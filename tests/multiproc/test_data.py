@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from distrib import Accelerator, RunConfig
 from distrib.errors import DataError
@@ -191,6 +191,41 @@ def test_an_error_in_the_one_reader_is_raised_on_every_rank():
     loader = accelerator.prepare(DataLoader(Broken(8), batch_size=2))
     with pytest.raises((DataError, RuntimeError), match="sample 5 is broken"):
         list(loader)
+
+
+VIEWS = {
+    "of a column": lambda x: x[:, -1],  # one row of it has the stride of the whole
+    "of a conjugate": lambda x: torch.complex(x, 2 * x).conj(),
+    "of a negation": lambda x: torch.complex(x, 2 * x).conj().imag,
+}
+
+
+def all_of(loader, **data):
+    accelerator = Accelerator(RunConfig(data=data, device="cpu"))
+    return torch.cat([accelerator.gather_for_metrics(x) for x in accelerator.prepare(loader)])
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@ranks(2)
+def test_any_view_of_a_tensor_can_be_a_batch_of_the_one_reader(view):
+    rows = torch.arange(27.0).reshape(9, 3)
+    loader = DataLoader(list(rows), batch_size=2, collate_fn=lambda found: VIEWS[view](torch.stack(found)))
+    assert torch.equal(all_of(loader, dispatch=True), VIEWS[view](rows))
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@ranks(2)
+def test_any_view_of_a_tensor_can_be_a_sample_of_a_stream(view):
+    x = VIEWS[view](torch.arange(27.0).reshape(9, 3))
+    assert torch.equal(all_of(DataLoader(Parts(x), batch_size=2, collate_fn=torch.cat)), x)
+
+
+class Parts(IterableDataset):
+    def __init__(self, x):
+        self.x = x
+
+    def __iter__(self):
+        return iter(self.x.split(1))
 
 
 class Broken(Numbers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -43,6 +44,30 @@ def kill_rank_one() -> None:
 
 def hang() -> None:
     time.sleep(60)
+
+
+class PickledOnce:
+    """Travels to one rank, but not to a second one."""
+
+    def __init__(self):
+        self.travelled = False
+
+    def __reduce__(self):
+        if self.travelled:
+            raise ValueError("enough")
+        self.travelled = True
+        return str, ()
+
+
+def hang_with(_: object) -> None:
+    hang()
+
+
+def test_a_rank_that_cannot_be_started_leaves_none_of_those_before_it():
+    before = multiprocessing.active_children()
+    with pytest.raises(ValueError, match="enough"):
+        run_ranks(hang_with, 2, PickledOnce())
+    assert multiprocessing.active_children() == before
 
 
 def test_results_come_back_in_rank_order():

@@ -250,6 +250,59 @@ def test_prune_keeps_the_newest_and_milestones(capfd: pytest.CaptureFixture[str]
     assert sorted(x.name for x in Path("runs").iterdir()) == ["step-00000002", "step-00000004"]
 
 
+LOSSES = (3.0, 1.0, 2.0, 4.0, 5.0)  # of steps 1 to 5
+
+
+@pytest.fixture
+def run_with_best(folder: Path) -> Path:
+    """The checkpoints of a run that is set to keep the two with the smallest loss."""
+    for step, loss in enumerate(LOSSES, 1):
+        counters = {"step": step, "metrics": {"loss": loss}}
+        info = {"config": {"checkpoint.keep_best": 2, "checkpoint.best_metric": "loss"}}
+        save(folder / f"runs/step-{step:08d}", contents(TENSORS, counters=counters, info=info), ALONE)
+    return folder / "runs"
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ([], [2, 3, 5]),
+        (["--keep-best", "0"], [5]),
+        (["--keep-best", "1"], [2, 5]),
+        (["--best-mode", "max"], [4, 5]),
+        (["--keep-best", "3", "--best-metric", "loss", "--best-mode", "min"], [1, 2, 3, 5]),
+    ],
+)
+def test_prune_keeps_the_best_as_the_run_or_the_options_say(
+    capfd: pytest.CaptureFixture[str], run_with_best: Path, words: list[str], steps: list[int]
+) -> None:
+    shown(capfd, "prune", "runs", "--keep-last", "1", *words)
+    assert [int(x.name.removeprefix("step-")) for x in sorted(run_with_best.iterdir())] == steps
+
+
+def test_prune_says_which_are_the_best(capfd: pytest.CaptureFixture[str], run_with_best: Path) -> None:
+    lines = shown(capfd, "prune", "runs", "--keep-last", "1", "--dry-run").splitlines()
+    best = [run_with_best / f"step-{step:08d}" for step in (2, 3)]
+    assert lines[:2] == [f"keeping {path}, of the 2 best by loss (min)" for path in best]
+    assert lines[-1] == "would remove 2 checkpoints"
+
+
+@pytest.mark.parametrize(
+    "words", [["--keep-best", "0", "--best-mode", "max"], ["--best-metric", "los"]], ids=["none", "misspelt"]
+)
+def test_prune_removes_nothing_while_the_best_are_not_clear(
+    capfd: pytest.CaptureFixture[str], run_with_best: Path, words: list[str]
+) -> None:
+    code, _, err = called(capfd, "prune", "runs", "--keep-last", "1", *words)
+    assert (code, "error[D0325]" in err, len(list(run_with_best.iterdir()))) == (2, True, len(LOSSES))
+
+
+def test_prune_does_not_guess_by_which_metric(capfd: pytest.CaptureFixture[str]) -> None:
+    saved("runs/step-00000001")
+    code, _, err = called(capfd, "prune", "runs", "--keep-last", "1", "--keep-best", "1")
+    assert (code, "error[D0325]" in err) == (2, True)
+
+
 def test_prune_without_a_number_removes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     saved("runs/step-00000001")
     code, _, err = called(capfd, "prune", "runs")

@@ -159,7 +159,9 @@ def test_a_forged_value_is_refused(tree):
     assert caught.value.where == "custom/objects.json"
 
 
-@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":1,"a":2}', b"[NaN]", b"\xff", b"", b"{"])
+@pytest.mark.parametrize(
+    "text", [b"[" * 100_000, b'{"a":1,"a":2}', b"[NaN]", b"[-Infinity]", b"[1e999]", b"\xff", b"", b"{"]
+)
 def test_bad_json_is_refused(text):
     with pytest.raises(CheckpointError, match="not valid JSON"):
         parse_json(text, "f.json")

@@ -347,6 +347,11 @@ def test_logs_that_a_full_disk_refuses_are_warned_of_once_and_the_lines_are_show
     assert (pump.log_lost, pump.lost) == ("No space left on device", "")
 
 
-def test_a_log_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        Display(log=lambda rank: tmp_path / "none" / "0.log").sources([(0, (10, 11))])
+def test_logs_that_cannot_be_opened_are_missed_and_said_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    displayed(Display(log=lambda rank: tmp_path / "none" / f"{rank}.log"), b"a\n", b"b\n")
+
+    out, err = capfd.readouterr()
+    assert sorted(out.splitlines()) == ["[rank 0] a", "[rank 1] b"]
+    assert err == "distrib: warning: the logs are not complete: No such file or directory\n"

@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -229,8 +230,8 @@ def test_a_start_that_the_system_refuses_tells_who_has_started() -> None:
         assert caught.value.error.errno == errno.E2BIG
 
 
-def open_files() -> set[str]:
-    return {each.name for each in Path("/proc/self/fd").iterdir()}
+def open_files(pid: int | None = None) -> set[str]:
+    return {each.name for each in Path(f"/proc/{pid or 'self'}/fd").iterdir()}
 
 
 def test_a_refused_start_ends_those_that_have_started_and_leaves_no_descriptor() -> None:
@@ -311,6 +312,35 @@ def test_a_preloader_that_was_killed_starts_nothing() -> None:
         with handed_out(spec(0), spec(1)) as workers, killed:
             starter.start(workers, 2, None)
             starter.take()
+
+
+# Only the first fork, with which the preloader looks for threads, is let through.
+REFUSES_FORKS = """
+    import errno, os
+    fork, forked = os.fork, []
+    def once():
+        if forked:
+            raise OSError(errno.EAGAIN, "refused")
+        forked.append(True)
+        return fork()
+    os.fork = once
+"""
+
+
+def test_a_refused_fork_of_the_stores_server_is_the_systems_refusal_at_every_attempt(tmp_path: Path) -> None:
+    (tmp_path / "refusing.py").write_text(textwrap.dedent(REFUSES_FORKS))
+    with forker("refusing", path=tmp_path) as starter, socket.create_server(("127.0.0.1", 0)) as listening:
+        starter.take()
+        (preloader,) = starter.pids()
+        before = open_files(preloader)
+        for _ in range(2):
+            with handed_out(spec(0), spec(1)) as workers:
+                starter.start(workers, 2, listening.fileno())
+            with pytest.raises(StartRefused) as caught:
+                starter.take()
+
+            assert (caught.value.error.errno, starter.started) == (errno.EAGAIN, [])
+            assert open_files(preloader) == before
 
 
 def kill(starter: Forker) -> None:

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -146,8 +147,6 @@ class Launch:
             if not restarts:
                 return report.exit_code(ended)
             plan = replace(plan, attempt=plan.attempt + 1)
-            if self._folder:
-                self._folder.start_attempt(plan.attempt)
             self._release()
             self._port = self._reserve()
 
@@ -158,8 +157,7 @@ class Launch:
         serves = port is not None and supervisor.serves_store
         listening = port.listen() if port is not None and serves else None
         plan = replace(plan, master_port=port.port if port else plan.master_port, serves_store=serves)
-        folder = self._folder
-        log = (lambda rank: folder.log_path(plan.attempt, rank)) if folder else None
+        log = partial(self._folder.new_log, plan.attempt) if self._folder else None
         display = Display(plan.shown_ranks, log, wants_color(self._env))
         handed_over = port.let_go if port is not None and serves else _nothing
         return supervisor.run(plan.workers(self._env), display, listening, handed_over)
@@ -187,8 +185,10 @@ class Launch:
 
     def _logs(self, plan: LaunchPlan) -> dict[int, str]:
         folder = self._folder
-        ranks = plan.ranks if folder else ()
-        return {rank: str(folder.log_path(plan.attempt, rank)) for rank in ranks if folder}
+        if folder is None:
+            return {}
+        paths = {rank: folder.log_path(plan.attempt, rank) for rank in plan.ranks}
+        return {rank: str(path) for rank, path in paths.items() if path.exists()}  # else it could not be made
 
     def _report(self, ended: Ended, around: report.Circumstances) -> None:
         text = report.render(ended, around)

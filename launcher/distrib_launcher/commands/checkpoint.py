@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -20,6 +20,7 @@ from distrib_launcher.output import say, show
 
 if TYPE_CHECKING:
     from distrib.checkpoint import Reader
+    from distrib.checkpoint.retention import Best
 
 _HELP: Final = {"help_option_names": ["-h", "--help"]}
 _ALIASES: Final = {"merge": "export"}
@@ -239,19 +240,71 @@ def convert(*, source: str, out: str, step: int | None, allow_pickle: bool, no_v
 @click.option(
     "--keep-every", type=click.IntRange(min=1), metavar="N", help="Also keep steps that are multiples of N."
 )
+@click.option(
+    "--keep-best",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Also keep the N best, instead of checkpoint.keep_best of the run; 0 keeps none.",
+)
+@click.option("--best-metric", metavar="NAME", help="By this metric, instead of checkpoint.best_metric.")
+@click.option(
+    "--best-mode", type=click.Choice(("min", "max")), help="Its best value, instead of checkpoint.best_mode."
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
-def prune(*, directory: str, keep_last: int, keep_every: int | None, dry_run: bool) -> int:
+def prune(
+    *,
+    directory: str,
+    keep_last: int,
+    keep_every: int | None,
+    keep_best: int | None,
+    best_metric: str | None,
+    best_mode: str | None,
+    dry_run: bool,
+) -> int:
     """Remove old checkpoints of DIRECTORY, or below a URL, named step-<number>.
 
-    Incomplete ones are neither counted nor removed.
+    Those that the run which saved the newest one keeps as its best (checkpoint.keep_best) stay. Incomplete ones are
+    neither counted nor removed.
     """
     from distrib.checkpoint import locate, retain  # noqa: PLC0415 (loads torch)
     from distrib.checkpoint.inventory import names_in  # noqa: PLC0415 (as above)
+    from distrib.checkpoint.retention import Best, complete  # noqa: PLC0415 (as above)
 
     names_in(locate(directory))  # a place that is not there is a mistake, not one without old checkpoints
-    removed = retain(directory, keep_last, keep_every=keep_every, dry_run=dry_run)
+    paths = [path for _, path in complete(directory)]
+    of_run = Best.of_run(paths[-1]) if paths else None
+    given: dict[str, Any] = {"number": keep_best, "metric": best_metric, "mode": best_mode}
+    best = (of_run or Best("", "min", 0))._replace(**{k: v for k, v in given.items() if v is not None})
+    stay = best.of(paths) if best.number else []
+    _refuse_unclear_best(best, stay, paths, given)
+    removed = retain(
+        directory, keep_last, keep_every=keep_every, best=best if best.number else None, dry_run=dry_run
+    )
     verb = "would remove" if dry_run else "removed"
-    return show("\n".join([*(f"{verb} {path}" for path in removed), f"{verb} {len(removed)} checkpoints"]))
+    kept = [f"keeping {path}, of the {best.number} best by {best.metric} ({best.mode})" for path in stay]
+    return show(
+        "\n".join([*kept, *(f"{verb} {path}" for path in removed), f"{verb} {len(removed)} checkpoints"])
+    )
+
+
+def _refuse_unclear_best(
+    best: Best, stay: Sequence[object], paths: Sequence[object], given: Mapping[str, Any]
+) -> None:
+    """Refuse options that leave open which checkpoints are the best, before one of them is removed."""
+    if best.number and not best.metric:
+        problem = "--keep-best says how many, but neither --best-metric nor the run says by which metric"
+    elif not best.number and (given["metric"] or given["mode"]):
+        problem = "--best-metric and --best-mode say which are the best, but none are to be kept"
+    elif given["metric"] and paths and not stay:
+        problem = f"no checkpoint has a value of the metric {best.metric!r}"
+    else:
+        return
+    raise LaunchError(
+        "D0325",
+        f"the best checkpoints are not clear: {problem}",
+        where="distrib checkpoint prune",
+        fix="name --keep-best N and --best-metric NAME as save_state(metrics={NAME: ...}) does, or leave them out",
+    )
 
 
 def _refuse_other_format(layout: str, *, max_shard_size: str | None, adapter: str | None) -> None:
