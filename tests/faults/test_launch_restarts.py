@@ -248,5 +248,6 @@ def test_a_restart_goes_on_without_logs_if_their_folder_has_gone(tmp_path: Path,
 
     assert done.code == 0, done.err
     assert done.out == "trained\n"
-    assert done.err.count("warning: the logs are not complete: No such file or directory") == 1
+    told = done.err.count("warning: the logs are not complete: No such file or directory")
+    assert told in (1, 2)  # once in each attempt; the script may be quicker than the first one's log
     assert "rank-0.log" not in done.err
