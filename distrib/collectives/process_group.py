@@ -94,6 +94,8 @@ def connect(
         dist.init_process_group(
             backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout
         )
+        # Nobody goes on, and perhaps ends and takes the store along, before all have found each other.
+        dist.all_reduce(torch.zeros(1, device=_CPU))
     except (dist.DistError, RuntimeError, OSError) as error:
         address = f"{topology.rendezvous.host}:{topology.rendezvous.port}"
         raise TopologyError(
