@@ -48,11 +48,12 @@ from distrib.errors import (
     NotBuiltNameError,
     StrategyError,
 )
+from distrib.frames import call_site
 from distrib.logging import notice
 from distrib.precision import LossScaler, autocast, remove_precision
 from distrib.run_state import RunState, begin_save, load_run
 from distrib.seeding import derive, part_noise_streams, set_seed
-from distrib.startup import call_site, read_config, start
+from distrib.startup import read_config, start
 from distrib.state import TrainState
 from distrib.strategies.pipeline_run import Batch
 from distrib.strategies.slices import plain_name

@@ -15,7 +15,6 @@ from distrib.config import RunConfig, from_wire, load_config, with_code
 from distrib.config.schema import default_of, sections, show, value_at
 from distrib.devices import choose_device
 from distrib.errors import ConfigError, StrategyError
-from distrib.frames import call_site as call_site  # noqa: PLC0414 (for the accelerator)
 from distrib.precision import resolve_precision
 from distrib.state import Runtime
 from distrib.strategies import Capabilities, Strategy, choose_strategy

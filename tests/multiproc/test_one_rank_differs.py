@@ -59,6 +59,7 @@ def test_metrics_of_rank_0_are_enough_and_without_them_all_are_told(tmp_path):
 def test_a_directory_of_ones_own_needs_no_metrics(tmp_path):
     accelerator, *_ = prepared(tmp_path, {"keep_best": 1, "best_metric": "loss"})
     accelerator.save_state(tmp_path / "final")
+    assert accelerator.load_state(tmp_path / "final") == tmp_path / "final"
 
 
 @ranks(2)

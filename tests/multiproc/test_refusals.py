@@ -138,19 +138,6 @@ def test_an_error_of_the_one_reader_that_cannot_travel_is_told_as_it_was():
         list(loader)
 
 
-def last_column(rows):
-    return torch.stack(rows)[:, -1]
-
-
-@ranks(2)
-def test_the_one_reader_sends_views_too():
-    accelerator = Accelerator(RunConfig(device="cpu", data={"dispatch": True}))
-    data = list(torch.arange(27).view(9, 3))
-    loader = accelerator.prepare(DataLoader(data, batch_size=2, collate_fn=last_column))
-    seen = [x for batch in loader for x in accelerator.gather_for_metrics(batch).tolist()]
-    assert seen == list(range(2, 27, 3))  # the last batch has one row
-
-
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "a", None])
 @ranks(1)
 def test_a_seed_is_a_whole_number_of_64_bits(seed):

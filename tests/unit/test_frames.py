@@ -10,7 +10,7 @@ from types import FunctionType
 import pytest
 
 import distrib
-from distrib import frames, startup
+from distrib import frames
 from distrib.collectives import signature
 from distrib.strategies.batchnorm import warn_of_each_rank
 
@@ -24,13 +24,13 @@ def calling(fn, path=SCRIPT):
     return partial(FunctionType(code, {}), fn)  # which has no frame of its own
 
 
-@pytest.mark.parametrize("call_site", [frames.call_site, startup.call_site, signature.call_site])
+@pytest.mark.parametrize("call_site", [frames.call_site, signature.call_site])
 def test_the_innermost_line_outside_the_package_is_named(call_site):
     inner = calling(calling(call_site, PACKAGE / "data/loader.py"), PACKAGE / "accelerator.py")
     assert calling(inner, "/home/a/train.py")() == "/home/a/train.py:3"
 
 
-@pytest.mark.parametrize("call_site", [frames.call_site, startup.call_site, signature.call_site])
+@pytest.mark.parametrize("call_site", [frames.call_site, signature.call_site])
 def test_a_script_in_a_folder_whose_name_begins_like_ours_is_the_users(call_site):
     assert calling(call_site)() == f"{SCRIPT}:3"
 
